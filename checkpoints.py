@@ -1,0 +1,188 @@
+"""Files that must survive: atomic writes, the lock on a run's folder, checkpoints of ours and of strangers, history.csv.
+
+A checkpoint of ours is one dict of plain types and tensors, so `torch.load(path, weights_only=True)` reads it. Loading
+never runs code from a file. Checkpoints found in the wild are brought into the same shape: see `read_checkpoint`.
+"""
+
+import csv
+import os
+import pickle
+import re
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from console import UserError
+
+NETWORKS = ("frame_transformation", "label_transformation", "Gaussian_Predictor", "Decoder_Fusion", "Generator")
+HISTORY = ("epoch", "lr", "tfr", "tf_share", "beta", "train_loss", "train_mse", "train_kl", "val_mse", "val_psnr_mean",
+           "val_psnr_min", "val_psnr_last", "skipped_steps", "seconds", "frames_per_second")
+
+# what strangers' checkpoints hold beside tensors: NumPy numbers, which can't run code
+_NUMPY_SCALARS = [np.dtype, np.ndarray] + [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
+for _package in ("core", "_core"):
+    _multiarray = getattr(getattr(np, _package, None), "multiarray", None)
+    if _multiarray is not None:
+        _NUMPY_SCALARS += [(getattr(_multiarray, name), f"numpy.{_package}.multiarray.{name}") for name in ("scalar", "_reconstruct")]
+
+
+# ---------------------------------------------------------------- writing
+
+def make_folder(path, flag="--save_root"):
+    """Create a folder with its parents. UserError where that can't be done, or nothing can be written there."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror or error}; expected a folder that can be written") from None
+    return Path(path)
+
+
+@contextmanager
+def atomic(path):
+    """A path beside `path` to write to; flushed and renamed to `path` at the end, removed where anything fails.
+
+    A reader sees the old file or the new one, never half of one, also after a power cut. OSError becomes a UserError.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield aside
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror or error}); expected room and permission there") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_checkpoint(path, checkpoint):
+    """torch.save, atomically. RuntimeError of a full disk becomes a UserError; the previous file stays whole."""
+    with atomic(path) as aside:
+        try:
+            torch.save(checkpoint, aside)
+        except RuntimeError as error:  # PyTorch's writer reports a failed write this way
+            raise OSError(str(error).splitlines()[0]) from None
+
+
+def sweep_leftovers(folder):
+    """Remove the asides that a killed run left in its folder. Call it with the folder's lock held."""
+    for path in Path(folder).glob(".*.part*"):
+        path.unlink(missing_ok=True)
+
+
+def write_csv(path, columns, rows):
+    """Rows (dicts) under a header, atomically."""
+    with atomic(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@contextmanager
+def locked(folder):
+    """Hold a run's folder for this process; UserError where another run holds it. A killed process lets go by itself."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no fcntl; the folder is not guarded there
+        yield
+        return
+    with open(Path(folder) / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--save_root {folder}: another run is using it; expected a folder of its own for each run") from None
+        yield
+
+
+# ---------------------------------------------------------------- reading
+
+def read_checkpoint(path):
+    """A checkpoint as a dict whose `state_dict` has exactly the keys of the five networks.
+
+    Taken: ours; the template's, whose `optimizer` is a second copy of the weights (`optimizer` is None then); weights
+    under `optimizer` alone; a bare state_dict; `module.` prefixes of DataParallel; NumPy numbers; extra keys; tensors
+    saved on any device (they arrive on the CPU). UserError for everything else, a file with code in it included.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; expected a checkpoint file")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; expected a checkpoint file") from None
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        if name:
+            raise UserError(f"{path}: holds code ({name[1]}), which is never run; expected tensors and plain types only") from None
+        raise UserError(f"{path}: is not a checkpoint; expected a file written by torch.save") from None
+    except Exception as error:  # a damaged archive fails in many ways: RuntimeError, EOFError, KeyError, ValueError
+        raise UserError(f"{path}: is not a whole checkpoint ({type(error).__name__}); expected a file written by torch.save") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: holds a {type(loaded).__name__}; expected a dict with a state_dict")
+
+    checkpoint = dict(loaded)
+    for candidate in (checkpoint.get("state_dict"), checkpoint.get("optimizer"), checkpoint.get("model"), checkpoint):
+        weights = _weights(candidate)
+        if weights:
+            break
+    else:
+        raise UserError(f"{path}: holds no weights of the five networks; expected keys like {NETWORKS[0]}.0.conv1.weight")
+    checkpoint["state_dict"] = weights
+    optimizer = checkpoint.get("optimizer")
+    if not (isinstance(optimizer, dict) and {"state", "param_groups"} <= optimizer.keys()):
+        checkpoint["optimizer"] = None
+    for key in ("lr", "tfr", "last_epoch"):
+        value = checkpoint.get(key)
+        if isinstance(value, (np.generic, torch.Tensor)) and value.size in (1, torch.Size([])):
+            checkpoint[key] = value.item()
+    return checkpoint
+
+
+def _weights(candidate):
+    """The five networks' tensors in a state_dict-like dict, prefixes of wrappers removed; {} where there are none."""
+    if not isinstance(candidate, dict):
+        return {}
+    weights = {}
+    for key, value in candidate.items():
+        if isinstance(key, str) and torch.is_tensor(value):
+            key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
+            if key.split(".")[0] in NETWORKS:
+                weights[key] = value
+    return weights
+
+
+def sizes(checkpoint):
+    """The sizes that a checkpoint's weights have: F_dim, L_dim, N_dim, D_out_dim, as a dict (those that can be read off)."""
+    last_layers = {"F_dim": ("frame_transformation.6.weight", 1), "L_dim": ("label_transformation.4.conv1.weight", 1),
+                   "N_dim": ("Gaussian_Predictor.6.weight", 2), "D_out_dim": ("Decoder_Fusion.5.weight", 1)}
+    weights = checkpoint["state_dict"]
+    return {flag: len(weights[key]) // share for flag, (key, share) in last_layers.items()
+            if key in weights and weights[key].dim() > 0}
+
+
+def load_weights(model, weights, path):
+    """load_state_dict with strict=True. UserError that names the first key that doesn't fit."""
+    own = {key: value for key, value in model.state_dict().items() if key.split(".")[0] in NETWORKS}
+    for key in own.keys() | weights.keys():
+        if key not in weights or key not in own:
+            raise UserError(f"{path}: {key} is {'missing' if key not in weights else 'not of this network'}; "
+                            f"expected exactly the weights of the five networks")
+    for key, value in own.items():
+        if weights[key].shape != value.shape:
+            raise UserError(f"{path}: {key} is {tuple(weights[key].shape)}, expected {tuple(value.shape)}; "
+                            f"--F_dim, --L_dim, --N_dim or --D_out_dim differ from the checkpoint's")
+    for name in NETWORKS:
+        getattr(model, name).load_state_dict({key[len(name) + 1:]: value for key, value in weights.items()
+                                              if key.split(".")[0] == name}, strict=True)

@@ -1,0 +1,319 @@
+"""Pictures on disk to tensors: the folder layout and its checks, the cache of decoded frames, cuts, and windows.
+
+    DR/train/train_img/*.png   DR/train/train_label/*.png     frames and pose pictures, same file names
+    DR/val/val_img/*.png       DR/val/val_label/*.png         one validation sequence
+    DR/test/test_img/{0..4}/*  DR/test/test_label/{0..4}/*    first frames, and all poses
+
+Pictures are ordered by the one integer in their name. `Dataset_Dance` has the template's interface and decodes a picture
+whenever it is asked for. Given a `Frames` (every picture decoded and resized once, as uint8), it slices instead; the
+batches are bit for bit the same.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from console import UserError, progress
+
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+MAX_PIXELS = 64_000_000  # a picture that claims more is a mistake or an attack (a 30 KB PNG can claim 10 GB)
+
+
+# ---------------------------------------------------------------- pictures
+
+def frame_transform(frame_H, frame_W):
+    """The course's transform: a PIL picture to float32 (3, frame_H, frame_W) in [0, 1]."""
+    return transforms.Compose([transforms.Resize((frame_H, frame_W)), transforms.ToTensor()])
+
+
+def read_picture(path):
+    """A picture file as a PIL image in RGB. UserError names a file that can't be read as one."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(f"{path}: the picture claims {image.width}x{image.height} pixels; expected at most {MAX_PIXELS:,}")
+            if image.mode.startswith("I"):  # 16 bits a channel: convert("RGB") would clip instead of scaling
+                scaled = np.asarray(image, dtype=np.float64) / 257
+                return Image.fromarray(np.rint(scaled.clip(0, 255)).astype(np.uint8)).convert("RGB")
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")
+            return image.convert("RGB")
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: the picture claims more than {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # Pillow raises many kinds for broken files: OSError, SyntaxError, ValueError, struct.error
+        raise UserError(f"{path}: can't be read as a picture ({type(error).__name__}: {error}); expected a PNG") from None
+
+
+def picture_number(path):
+    """The one integer in a picture's name ("12.png", "frame12.png")."""
+    numbers = re.findall(r"\d+", path.stem)
+    if len(numbers) != 1:
+        raise UserError(f"{path}: the name holds {len(numbers) or 'no'} integers; expected exactly one, like 12.png")
+    return int(numbers[0])
+
+
+def list_pictures(folder):
+    """The pictures of a folder, in the order of the integers in their names. Hidden and other files are passed over."""
+    folder = Path(folder)
+    try:
+        entries = [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}; expected a folder of pictures") from None
+    numbered = {}
+    for path in entries:
+        if path.suffix.lower() not in PICTURES or path.is_dir():
+            continue
+        other = numbered.setdefault(picture_number(path), path)
+        if other != path:
+            raise UserError(f"{path}: has the same number as {other.name}; expected one picture a number")
+    if not numbered:
+        raise UserError(f"{folder}: holds no pictures; expected files like 0.png")
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def list_pairs(root, mode):
+    """Frames and pose pictures of the train or val split, pair by pair in order: two equally long lists of paths."""
+    frames = list_pictures(Path(root) / mode / f"{mode}_img")
+    labels = list_pictures(Path(root) / mode / f"{mode}_label")
+    frame_numbers, label_numbers = ({picture_number(p): p for p in paths} for paths in (frames, labels))
+    for number in frame_numbers.keys() ^ label_numbers.keys():
+        if number in frame_numbers:
+            raise UserError(f"{frame_numbers[number]}: has no pose picture; expected {labels[0].parent / frame_numbers[number].name}")
+        raise UserError(f"{label_numbers[number]}: has no frame; expected {frames[0].parent / label_numbers[number].name}")
+    return frames, labels
+
+
+def list_test_sequences(root):
+    """[(first frame, pose pictures)] of every test sequence, in the order of the folders' numbers."""
+    image_root, label_root = Path(root) / "test" / "test_img", Path(root) / "test" / "test_label"
+    sequences = []
+    for folder in list_number_folders(image_root):
+        firsts = list_pictures(folder)
+        if len(firsts) != 1:
+            raise UserError(f"{folder}: holds {len(firsts)} pictures; expected one, the first frame of the sequence")
+        sequences.append((firsts[0], list_pictures(label_root / folder.name)))
+    extra = {path.name for path in list_number_folders(label_root)} - {labels[0].parent.name for _, labels in sequences}
+    if extra:
+        raise UserError(f"{label_root / min(extra)}: has no first frame; expected one in {image_root / min(extra)}")
+    return sequences
+
+
+def list_number_folders(root):
+    """The folders named 0, 1, 2, ... below root, in that order."""
+    try:
+        folders = [path for path in Path(root).iterdir() if path.is_dir() and path.name.isdecimal()]
+    except OSError as error:
+        raise UserError(f"{root}: {error.strerror or error}; expected folders 0, 1, 2, ...") from None
+    if not folders:
+        raise UserError(f"{root}: holds no sequence; expected folders 0, 1, 2, ...")
+    return sorted(folders, key=lambda path: int(path.name))
+
+
+# ---------------------------------------------------------------- the cache of decoded frames
+
+def decode(paths, frame_H, frame_W, workers=4, out=None, desc="decoding"):
+    """Pictures to uint8 (N, 3, frame_H, frame_W), resized as `frame_transform` does, with a progress bar."""
+    if out is None:
+        out = np.empty((len(paths), 3, frame_H, frame_W), np.uint8)
+    resize = transforms.Resize((frame_H, frame_W))
+
+    def decode_one(i):
+        out[i] = np.asarray(resize(read_picture(paths[i]))).transpose(2, 0, 1)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow releases the GIL while it decodes and resizes
+        try:
+            for _ in progress(pool.map(decode_one, range(len(paths))), total=len(paths), desc=desc, unit="picture", leave=False):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return out
+
+
+def fingerprint(paths, frame_H, frame_W):
+    """A key that changes with any picture's name, size or time of change, and with the frame shape."""
+    try:
+        stats = [(path.name, status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; expected a readable picture") from None
+    described = json.dumps([1, frame_H, frame_W, str(paths[0].parent.resolve()), stats])
+    return hashlib.sha256(described.encode()).hexdigest()[:20]
+
+
+def cache_folder(root, cache_dir=None):
+    """--cache_dir, else `.frame_cache` beside the data, else the user's cache folder where that can't be written."""
+    wanted = Path(cache_dir) if cache_dir else Path(root) / ".frame_cache"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pose-conditioned-vae"
+    for folder in [wanted] if cache_dir else [wanted, user]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as error:
+            problem = UserError(f"--cache_dir {folder}: {error.strerror or error}; expected a folder that can be written, or --no_cache")
+    raise problem
+
+
+def cached(paths, frame_H, frame_W, folder, workers=4, desc="decoding"):
+    """The uint8 array of `decode`, memory-mapped from `folder`; made there first where it is not up to date.
+
+    Two processes may build it at once: each writes a file of its own and renames it; readers see a whole file or none.
+    """
+    path = Path(folder) / f"{fingerprint(paths, frame_H, frame_W)}.npy"
+    shape = (len(paths), 3, frame_H, frame_W)
+    try:
+        array = np.load(path, mmap_mode="r")
+        if array.shape == shape and array.dtype == np.uint8:
+            return array
+    except (OSError, ValueError, EOFError):  # not there yet, or damaged: made anew
+        pass
+    handle, aside = tempfile.mkstemp(dir=folder, suffix=".part")
+    os.close(handle)
+    try:
+        if shutil.disk_usage(folder).free < np.prod(shape) + 1_000_000:  # a full disk under a memory map is a SIGBUS
+            raise OSError(28, "no space left for the frame cache")
+        array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint8, shape=shape)
+        decode(paths, frame_H, frame_W, workers, array, desc)
+        array.flush()
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}; expected room for the frame cache, another --cache_dir, or --no_cache") from None
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    return np.load(path, mmap_mode="r")
+
+
+class Frames:
+    """Every frame and pose picture of a train or val split, uint8 (N, 3, H, W), on one device.
+
+    folder: where the decoded arrays are kept (`cache_folder`). frames[i] and frames[i, j, ...] are not defined: use `take`.
+    """
+
+    def __init__(self, root, mode, frame_H, frame_W, folder, workers=4):
+        frames, labels = list_pairs(root, mode)
+        imgs = cached(frames, frame_H, frame_W, folder, workers, f"decoding {mode} frames")
+        poses = cached(labels, frame_H, frame_W, folder, workers, f"decoding {mode} poses")
+        # copy-on-write maps keep torch quiet about read-only memory; nothing is ever written to them
+        self.imgs, self.labels = (torch.from_numpy(np.load(a.filename, mmap_mode="c")) for a in (imgs, poses))
+
+    def to(self, device):
+        """Move to `device` where the set takes at most a quarter of the free memory there; stay on the CPU otherwise."""
+        if torch.device(device).type == "cuda" and 4 * 2 * self.imgs.numel() < torch.cuda.mem_get_info(device)[0]:
+            self.imgs, self.labels = self.imgs.to(device), self.labels.to(device)
+        return self
+
+    def take(self, index):
+        """Frames and poses at a tensor (or slice) of indices: float32 in [0, 1], bit for bit what ToTensor gives."""
+        if torch.is_tensor(index):
+            index = index.to(self.imgs.device)
+        return to_float(self.imgs[index]), to_float(self.labels[index])
+
+
+def to_float(pictures):
+    """uint8 to float32 in [0, 1], as ToTensor does it."""
+    return pictures.to(torch.float32).div_(255)
+
+
+# ---------------------------------------------------------------- cuts
+
+def find_clips(imgs):
+    """Start indices of the clips in uint8 frames (N, 3, H, W), and N: clip i is frames [starts[i], starts[i + 1]).
+
+    A cut is a frame that differs from the one before by 0.01 more than three times what is usual around it
+    (mean absolute difference against the median over eight frames to each side).
+    """
+    count, reach = len(imgs), 8
+    jump = np.zeros(count)
+    for start in range(1, count, 1024):
+        block = np.asarray(imgs[start - 1:start + 1024], dtype=np.float32)
+        jump[start:start + 1024] = np.abs(np.diff(block, axis=0)).mean((1, 2, 3)) / 255
+    starts = [0]
+    for t in range(1, count):
+        around = np.r_[jump[max(1, t - reach):t], jump[t + 1:t + 1 + reach]]
+        # a clip has at least two frames, so that there is always a frame to predict
+        if len(around) and jump[t] > 0.01 + 3 * np.median(around) and t - starts[-1] >= 2 and count - t >= 2:
+            starts.append(t)
+    return starts + [count]
+
+
+# ---------------------------------------------------------------- the dataset
+
+class Dataset_Dance(Dataset):
+    """Windows of consecutive frames with their poses.
+
+    root: the data folder (--DR). transform: any torchvision transform of a PIL image. mode: train, val or test.
+    video_len: frames a window; sample i starts at frame i * video_len. partial: the first share of the frames, in (0, 1].
+    frames: a `Frames` of this split to slice from, in place of decoding; `transform` is not used then.
+
+    A sample is (imgs, labels), each (video_len, 3, H, W); in test mode the first frame (1, 3, H, W) and all poses
+    (n, 3, H, W) of a sequence. UserError where the folders don't hold what they should.
+    """
+
+    def __init__(self, root, transform, mode="train", video_len=7, partial=1.0, frames=None):
+        if mode not in ("train", "val", "test"):
+            raise ValueError(f"mode is train, val or test, not {mode!r}")
+        self.root, self.transform, self.mode = Path(root), transform, mode
+        self.video_len, self.partial, self.frames = video_len, partial, frames
+        if mode == "test":
+            self.sequences = list_test_sequences(root)
+            return
+        if frames is None:
+            self.img_paths, self.label_paths = list_pairs(root, mode)
+        self.n_frames = len(self.img_paths) if frames is None else len(frames.imgs)
+        if len(self) == 0:
+            raise UserError(f"{self.root / mode / f'{mode}_img'}: holds {self.n_frames} frames, of which {partial:g} is "
+                            f"used; expected at least {video_len} for one window")
+
+    def __len__(self):
+        if self.mode == "test":
+            return len(self.sequences)
+        return int(self.n_frames * self.partial) // self.video_len
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if self.mode == "test":
+            first, labels = self.sequences[index]
+            return self.read([first]), self.read(labels)
+        window = slice(index * self.video_len, (index + 1) * self.video_len)
+        if self.frames is not None:
+            return self.frames.take(window)
+        return self.read(self.img_paths[window]), self.read(self.label_paths[window])
+
+    def read(self, paths):
+        """Decoded and transformed pictures, (len(paths), 3, H, W)."""
+        return torch.stack([self.transform(read_picture(path)) for path in paths])
+
+
+class WindowLoader:
+    """Batches of windows sliced from a `Frames`-backed dataset where it lies, in order or along `order`; like a DataLoader.
+
+    Yields (imgs, labels), each (batch_size, video_len, 3, H, W) float32. The last, smaller batch is dropped.
+    """
+
+    def __init__(self, dataset, batch_size, order=None):
+        self.dataset, self.batch_size = dataset, batch_size
+        self.order = torch.arange(len(dataset)) if order is None else torch.as_tensor(order)
+
+    def __len__(self):
+        return len(self.order) // self.batch_size
+
+    def __iter__(self):
+        length = self.dataset.video_len
+        offsets = torch.arange(length)
+        for batch in range(len(self)):
+            chosen = self.order[batch * self.batch_size:(batch + 1) * self.batch_size]
+            yield self.dataset.frames.take(chosen[:, None] * length + offsets)
