@@ -1,0 +1,132 @@
+"""Say whether a submission.csv would be accepted, and score it where the true frames are given.
+
+    python scripts/check_submission.py demo/test/submission.csv
+    python scripts/check_submission.py demo/test/submission.csv --ground_truth FRAMES    # FRAMES/{0..4}/*.png
+
+Exit status: 0 accepted, 2 not accepted (one line on stderr names the first bad line and what was expected).
+The first frame of each sequence is given to everyone, so it is checked but not scored.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from console import Parser, UserError, number, progress, run  # noqa: E402
+
+
+def check_submission(path, sequences, frames, values):
+    """The rows of a submission as a uint8 array (sequences * frames, values); UserError names the first bad line.
+
+    A submission is a header `id,0,...,{values - 1}` and one row a frame: its id, counted from 0, and whole numbers 0..255.
+    """
+    rows = sequences * frames
+    header = ",".join(["id", *map(str, range(values))]).encode()
+    longest = max(len(header), 24 + 4 * values) + 2  # a longer line has too many columns; never read more of it
+    pixels = np.empty((rows, values), dtype=np.uint8)
+
+    def shown(field):
+        return repr(field[:24].decode("utf-8", "replace")) + ("..." if len(field) > 24 else "")
+
+    def fail(line, what):
+        raise UserError(f"{path}, line {line}: {what}")
+
+    def wrong(line, row, content):
+        """Say what is wrong with a line that is no row."""
+        fields = content.split(b",")
+        if len(fields) != values + 1:
+            fail(line, f"{len(fields)} columns, expected {values + 1} (id and {values} values)")
+        if fields[0] != str(row).encode():
+            fail(line, f"id is {shown(fields[0])}, expected {row}")
+        for column, field in enumerate(fields[1:]):
+            if not field.isdigit() or len(field) > 3 or int(field) > 255:
+                fail(line, f"column {column} is {shown(field)}, expected a whole number from 0 to 255")
+
+    try:
+        with open(path, "rb") as handle:
+
+            def next_line():
+                content = handle.readline(longest)
+                return content, content.removesuffix(b"\n").removesuffix(b"\r")
+
+            raw, content = next_line()
+            if content != header:
+                found = content.split(b",")
+                first = next((i for i, (a, b) in enumerate(zip(found, header.split(b","))) if a != b), None)
+                what = f"has {len(found)} columns" if first is None else f"has {shown(found[first])} as column {first + 1}"
+                fail(1, f"the header {what}, expected id,0,1,...,{values - 1} ({values + 1} columns)")
+            for row in progress(range(rows), desc="checking", unit="row", leave=False):
+                line = row + 2
+                raw, content = next_line()
+                if not raw:
+                    fail(line, f"the file ends after {row} rows, expected {rows} ({sequences} sequences of {frames} frames)")
+                if not content:
+                    fail(line, f"is blank, expected the row with id {row}")
+                if not raw.endswith(b"\n") and len(raw) == longest:
+                    fail(line, f"is longer than {values + 1} columns can be")
+                fields = content.split(b",", 1)
+                if fields[0] != str(row).encode() or len(fields) == 1 or fields[1].translate(None, b"0123456789,"):
+                    wrong(line, row, content)
+                try:
+                    found = bytes(map(int, fields[1].split(b",")))  # bytes() refuses numbers above 255, int() empty fields
+                except ValueError:
+                    found = b""
+                if len(found) != values:
+                    wrong(line, row, content)
+                pixels[row] = np.frombuffer(found, dtype=np.uint8)
+            raw, content = next_line()
+            if raw:
+                line = rows + 2
+                fail(line, f"more than {rows} rows, expected the end of the file" if content else "is blank, expected the end of the file")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})")
+    return pixels
+
+
+def score(pixels, folder, sequences, frames, height, width):
+    """PSNR of every predicted frame, (sequences, frames - 1): the given first frame is not among them."""
+    from dataloader import decode, list_pictures  # brings torch, which takes seconds: only where frames are compared
+
+    files = [list_pictures(Path(folder) / str(sequence)) for sequence in range(sequences)]
+    for names in files:
+        if len(names) != frames:
+            raise UserError(f"{names[0].parent}: holds {len(names)} pictures; expected {frames}, one a frame")
+    shape = sequences, frames, 3 * height * width
+    truth = decode(sum(files, []), height, width, desc="reading the true frames").reshape(shape)[:, 1:]
+    predicted = pixels.reshape(shape)[:, 1:]
+    # frame by frame: all at once in float64 would take 300 MB
+    mse = np.array([[np.mean(((p - t) / 255) ** 2) for p, t in zip(*pair)] for pair in zip(predicted.astype(np.int16), truth)])
+    with np.errstate(divide="ignore"):  # an exact frame has infinite PSNR
+        return -10 * np.log10(mse)
+
+
+def build_parser():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("csv", metavar="CSV", help="the submission")
+    parser.add_argument("--ground_truth", metavar="DIR", help="folder with the true frames, DIR/{0..4}/*.png, to score against")
+    parser.add_argument("--sequences", type=number(int, 1), default=5, help="test sequences")
+    parser.add_argument("--frames", type=number(int, 2), default=630, help="frames of each, the given first one included")
+    parser.add_argument("--frame_H", type=number(int, 1), default=32, help="height of a frame")
+    parser.add_argument("--frame_W", type=number(int, 1), default=64, help="width of a frame")
+    return parser
+
+
+def main():
+    args = build_parser().parse_args()
+    values = 3 * args.frame_H * args.frame_W
+    pixels = check_submission(args.csv, args.sequences, args.frames, values)
+    if args.ground_truth:
+        psnr = score(pixels, args.ground_truth, args.sequences, args.frames, args.frame_H, args.frame_W)
+    print(f"accepted: {args.csv}: {len(pixels):,} rows of {values:,} values ({args.sequences} sequences of {args.frames} frames)")
+    if args.ground_truth:
+        print(f"PSNR in dB over frames 1 to {args.frames - 1} (frame 0 is given, so it is not scored):")
+        print(f"{'sequence':>8} {'mean':>8} {'min':>8} {'last':>8}")
+        for sequence, row in enumerate(psnr):
+            print(f"{sequence:>8} {row.mean():8.3f} {row.min():8.3f} {row[-1]:8.3f}")
+        print(f"{'all':>8} {psnr.mean():8.3f} {psnr.min():8.3f} {psnr[:, -1].mean():8.3f}   (last: mean over sequences)")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Runs the tests, after installing what they need into .venv (only what is missing: see scripts/setup.sh).
+#
+#   bash scripts/test.sh                 every test
+#   bash scripts/test.sh -k package -x   any pytest flags
+set -euo pipefail
+trap 'exit 143' TERM
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=$(bash "$root/scripts/setup.sh" requirements-dev.txt)
+export PYTHON  # the tests start other scripts, which take the same Python
+cd "$root"
+exec "$PYTHON" -m pytest -q tests "$@"
