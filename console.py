@@ -9,6 +9,8 @@ import math
 import re
 import signal
 import sys
+import threading
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -19,17 +21,41 @@ class UserError(ValueError):
     """A mistake that the user can correct. Its one-line text names the file or flag and says what was expected."""
 
 
+class Stopped(Exception):
+    """Work was stopped by a signal, in good order. `signal` is its number."""
+
+    def __init__(self, number):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
 def run(main):
-    """Call main() as a command: exit 0 when done, 2 with one line on stderr for a UserError, 130 for Ctrl-C."""
+    """Call main() as a command: exit 0 when done, 2 with one line on stderr for a UserError, 130 and 143 when stopped."""
     try:
         status = main()
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         status = 2
+    except Stopped as stopped:
+        status = INTERRUPTED[stopped.signal]
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         status = INTERRUPTED[signal.SIGINT]
     sys.exit(status or 0)
+
+
+@contextmanager
+def catching_signals(note):
+    """Inside, Ctrl-C and SIGTERM call note(signal number) instead of ending the process."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    before = {number: signal.signal(number, lambda number, frame: note(number)) for number in INTERRUPTED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Lines:
@@ -53,6 +79,12 @@ def progress(iterable=None, **options):
     if not sys.stderr.isatty():
         options.update(file=_Lines(sys.stderr), mininterval=20, maxinterval=60, ascii=True, dynamic_ncols=False, ncols=120)
     return tqdm(iterable, **options)
+
+
+def say(line):
+    """Print a line without breaking a bar that is on the screen."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def number(kind, low, high=math.inf, *, above=False, multiple=1):

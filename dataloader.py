@@ -199,7 +199,7 @@ def cached(paths, frame_H, frame_W, folder, workers=4, desc="decoding"):
 class Frames:
     """Every frame and pose picture of a train or val split, uint8 (N, 3, H, W), on one device.
 
-    folder: where the decoded arrays are kept (`cache_folder`). frames[i] and frames[i, j, ...] are not defined: use `take`.
+    folder: where the decoded arrays are kept (`cache_folder`).
     """
 
     def __init__(self, root, mode, frame_H, frame_W, folder, workers=4):
@@ -216,9 +216,8 @@ class Frames:
         return self
 
     def take(self, index):
-        """Frames and poses at a tensor (or slice) of indices: float32 in [0, 1], bit for bit what ToTensor gives."""
-        if torch.is_tensor(index):
-            index = index.to(self.imgs.device)
+        """Frames and poses at a tensor of indices: float32 in [0, 1], bit for bit what ToTensor gives."""
+        index = index.to(self.imgs.device)
         return to_float(self.imgs[index]), to_float(self.labels[index])
 
 
@@ -288,10 +287,14 @@ class Dataset_Dance(Dataset):
         if self.mode == "test":
             first, labels = self.sequences[index]
             return self.read([first]), self.read(labels)
-        window = slice(index * self.video_len, (index + 1) * self.video_len)
+        return self.take(torch.arange(index * self.video_len, (index + 1) * self.video_len))
+
+    def take(self, index):
+        """Frames and poses at a tensor of frame indices, each (*index.shape, 3, H, W)."""
         if self.frames is not None:
-            return self.frames.take(window)
-        return self.read(self.img_paths[window]), self.read(self.label_paths[window])
+            return self.frames.take(index)
+        return tuple(self.read([paths[i] for i in index.flatten().tolist()]).unflatten(0, index.shape)
+                     for paths in (self.img_paths, self.label_paths))
 
     def read(self, paths):
         """Decoded and transformed pictures, (len(paths), 3, H, W)."""

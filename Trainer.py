@@ -1,0 +1,1180 @@
+"""Train the pose-conditioned VAE of the lab: one photo and 630 poses in, the 629 frames that follow out.
+
+    python Trainer.py --DR data --save_root ckpt --fast_train                 # the recommended command
+    python Trainer.py --DR data --save_root ckpt --fast_train --max_minutes 60
+    python Trainer.py --DR data --save_root ckpt --fast_train --resume        # go on after a stop, a crash, a kill
+    python Trainer.py --DR data --save_root out --ckpt_path ckpt/best.ckpt --test      # validate a checkpoint
+    torchrun --nproc_per_node=8 Trainer.py --DR data --save_root ckpt --gpu 8          # eight GPUs
+
+Reads top to bottom as the algorithm: loss and metric, schedules, the pool of running rollouts, then `VAE_Model` with its
+training step, its rollout, its training stage and its checkpoints, and the command line at the end.
+"""
+
+import copy
+import math
+import os
+import shlex
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import update_bn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+import console
+from checkpoints import (HISTORY, NETWORKS, atomic, load_weights, locked, make_folder, read_checkpoint, sizes,
+                         sweep_leftovers, write_checkpoint, write_csv)
+from console import Stopped, UserError, progress
+from dataloader import Dataset_Dance, Frames, WindowLoader, cache_folder, decode, find_clips, frame_transform
+from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
+
+CLIP_NORM = 1.0           # gradient norm, the template's
+FAST_LR = 2.0             # how much larger --fast_train's learning rate is, unless --lr is given
+WARM_UP = 0.02            # share of the run in which the cosine schedule climbs
+ROLLOUT_BLOCK = 32        # frames between two looks at the rollout: progress bar, signals, non-finite values
+MAX_SKIPPED = 20          # non-finite steps in a row that end training
+POSE_SAMPLE = 4096        # training poses that BatchNorm's statistics are recomputed over
+GIF_TICK = 40             # milliseconds a frame, the template's
+COMPILE_MINUTES = 20      # from this --max_minutes on, or this many frames to train on, compiling pays on a CPU:
+COMPILE_FRAMES = 20_000   # measured: docs/PERFORMANCE.md
+STARTED = time.monotonic()
+
+
+# ---------------------------------------------------------------- loss and metric
+
+def Generate_PSNR(imgs1, imgs2, data_range=1.):
+    """Peak signal-to-noise ratio in dB, one number over the whole tensor (inf where the two are equal)."""
+    return 20 * math.log10(data_range) - 10 * torch.log10(F.mse_loss(imgs1, imgs2))
+
+
+def kl_criterion(mu, logvar, batch_size):
+    """KL(q || N(0, I)) summed over latent elements, averaged over the batch, in nats.
+
+    mu, logvar: (B, N_dim, H, W). Kingma & Welling 2014, appendix B.
+    """
+    return -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp()) / batch_size
+
+
+# ---------------------------------------------------------------- schedules (epochs count from 0)
+
+class kl_annealing:
+    """The weight beta in [0, 1] of the KL term, one value an epoch (Fu et al. 2019, Cyclical Annealing Schedule).
+
+    args: kl_anneal_type (Cyclical, Monotonic or None, in any case), kl_anneal_cycle, kl_anneal_ratio, num_epoch.
+    UserError for cycles below 1 and a ratio outside (0, 1].
+    """
+
+    def __init__(self, args, current_epoch=0):
+        args = build_parser().fill(copy.copy(args))
+        kind = console.kl_anneal_type(args.kl_anneal_type)
+        cycles = args.kl_anneal_cycle if kind == "Cyclical" else 1
+        if cycles < 1:
+            raise UserError(f"--kl_anneal_cycle {cycles}: expected at least 1")
+        if not 0 < args.kl_anneal_ratio <= 1:
+            raise UserError(f"--kl_anneal_ratio {args.kl_anneal_ratio}: expected above 0 and at most 1")
+        most = max(1, args.num_epoch // 2)
+        if cycles > most:
+            print(f"--kl_anneal_cycle {cycles} is more than {args.num_epoch} epochs hold: {most} used")
+            cycles = most
+        self.current_epoch = current_epoch
+        self.betas = [1.0] * args.num_epoch
+        if kind != "None":
+            self.betas = self.frange_cycle_linear(args.num_epoch, 0.0, 1.0, cycles, args.kl_anneal_ratio)
+
+    def update(self):
+        """Go on to the next epoch."""
+        self.current_epoch += 1
+
+    def get_beta(self):
+        """The current epoch's beta; after the last epoch, the last one."""
+        return self.betas[min(self.current_epoch, len(self.betas) - 1)]
+
+    @staticmethod
+    def frange_cycle_linear(n_iter, start=0.0, stop=1.0, n_cycle=1, ratio=1):
+        """n_iter values: in each of n_cycle cycles the first `ratio` climbs from start to stop, the rest is stop."""
+        period = n_iter / n_cycle
+        values = []
+        for i in range(n_iter):
+            cycle_start = max(int(c * period) for c in range(math.ceil(n_cycle)) if int(c * period) <= i)
+            values.append(start + (stop - start) * min(1.0, (i - cycle_start) / (period * ratio)))
+        return values
+
+
+def teacher_forcing_ratio(args, epoch):
+    """The chance of ground truth as the history in an epoch: constant, from epoch tfr_sde on tfr_d_step less each."""
+    return max(0.0, args.tfr - args.tfr_d_step * max(0, epoch - args.tfr_sde + 1))
+
+
+def learning_rate_factor(args, epoch, done):
+    """What the learning rate is multiplied with. done: the share of the run that is over, in [0, 1]."""
+    if args.schedule == "step":  # the template's MultiStepLR
+        factor = 0.1 ** sum(epoch >= milestone for milestone in (2, 5))
+    else:  # cosine with warm-up (Loshchilov & Hutter 2017)
+        factor = min(1.0, (done + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    if args.fast_train and epoch < args.fast_train_epoch and "lr" not in args.given:
+        factor *= FAST_LR
+    return factor
+
+
+def data_share(args, epoch):
+    """The share of the training data that an epoch sees."""
+    return args.fast_partial if args.fast_train and epoch < args.fast_train_epoch else args.partial
+
+
+# ---------------------------------------------------------------- the pool of running rollouts
+
+class RolloutPool:
+    """Lanes that each hold a frame the network generated, and where in the training data it stands.
+
+    A training step draws a few lanes, predicts from each lane's frame a frame of the same clip, and puts the prediction
+    back. So the network trains on histories as deep as a test rollout's at the price of one step. A lane that the
+    teacher takes restarts from ground truth somewhere in the data. docs/RECIPE.md has the evidence.
+
+    dataset: a Dataset_Dance of the train split. clips: `find_clips` of its frames; no window crosses a cut.
+    """
+
+    def __init__(self, dataset, clips, lanes, seed):
+        self.dataset, self.clips = dataset, torch.tensor(clips)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.position = self.random_positions(lanes)
+        self.pictures = dataset.take(self.position)[0]  # float32 (lanes, 3, H, W) in [0, 1], on the data's device
+
+    def random_positions(self, count):
+        return torch.randint(int(self.clips[-1]), (count,), generator=self.generator)
+
+    def draw(self, batch_size, length, next_share, teacher):
+        """A batch of windows (B, length, 3, H, W) with their poses, frame 0 being the lane's. Remembers what was drawn.
+
+        teacher: bool (B,), lanes that restart from ground truth.
+        """
+        lanes = torch.randperm(len(self.position), generator=self.generator)[:batch_size]
+        position = torch.where(teacher, self.random_positions(batch_size), self.position[lanes])
+        clip = torch.searchsorted(self.clips, position, right=True)
+        first, last = self.clips[clip - 1], (self.clips[clip] - length + 1).clamp(min=self.clips[clip - 1])
+        anywhere = first + (torch.rand(batch_size, generator=self.generator) * (last - first + 1)).long()
+        goes_on = (torch.rand(batch_size, generator=self.generator) < next_share) & (position + 1 <= last)
+        start = torch.where(goes_on, position + 1, anywhere)
+        # a clip shorter than a window repeats its last frame
+        index = torch.minimum(start[:, None] + torch.arange(length - 1), self.clips[clip][:, None] - 1)
+
+        truth = self.dataset.take(position)[0]
+        self.history = torch.where(teacher.view(-1, 1, 1, 1).to(truth.device), truth, self.pictures[lanes])
+        self.lanes, self.arrived = lanes, index[:, -1]
+        img, label = self.dataset.take(index)
+        # the step never looks at the pose of the past frame: any picture will do in its place
+        return torch.cat([self.history[:, None], img], 1), torch.cat([label[:, :1], label], 1)
+
+    def put(self, generated):
+        """The last frames (B, 3, H, W) generated from the drawn windows become their lanes' frames, clamped to [0, 1]."""
+        finite = generated.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)
+        generated = torch.where(finite, generated.float().clamp(0, 1), self.history)
+        self.pictures[self.lanes] = generated.to(self.pictures.device)
+        self.position[self.lanes] = self.arrived
+
+    def state_dict(self):
+        return {"generator": self.generator.get_state(), "position": self.position, "pictures": self.pictures}
+
+    def load_state_dict(self, state):
+        self.generator.set_state(state["generator"])
+        self.position = state["position"].clamp(max=int(self.clips[-1]) - 1)
+        self.pictures = state["pictures"].to(self.pictures.device)
+
+
+# ---------------------------------------------------------------- the model
+
+def channels_last(x):
+    """(B, C, H, W) laid out as the convolutions like it."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def over_time(function, *inputs):
+    """Apply a function of (B, ...) tensors to all time steps of (T, B, ...) tensors at once."""
+    outputs = function(*(channels_last(x.flatten(0, 1)) for x in inputs))
+    shape = inputs[0].shape[:2]
+    return outputs.unflatten(0, shape) if torch.is_tensor(outputs) else tuple(x.unflatten(0, shape) for x in outputs)
+
+
+def pick(x, steps):
+    """x[steps], as a view where the steps are the first ones."""
+    return x[:len(steps)] if steps == list(range(len(steps))) else x[steps]
+
+
+@contextmanager
+def evaluating(model):
+    """Inside, BatchNorm uses its running statistics; afterwards the model is in the mode it was in."""
+    was = model.training
+    nn.Module.train(model, False)
+    try:
+        yield
+    finally:
+        nn.Module.train(model, was)
+
+
+class VAE_Model(nn.Module):
+    """The conditional VAE, its training stage, its validation rollout and its checkpoints.
+
+    args: a Namespace of `build_parser()`, or any other: a flag it lacks has the default, and without `recipe` it trains
+    the template's way. UserError for a device that is not there and for values that can't be.
+    """
+
+    # for subclasses that never run __init__ but build the five networks themselves, as the template's Tester does
+    mse_criterion = nn.MSELoss()
+    current_epoch, step, steps_done = 0, 0, 0
+    ema = pool = parallel = poses = clock = board = restored = bar = stop_signal = train_frames = None
+    best_psnr, rank, world, agreed = -math.inf, 0, 1, False
+
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+        args.device = str(pick_device(args.device))
+        torch.manual_seed(args.seed)
+        self.frame_transformation = RGB_Encoder(3, args.F_dim)
+        self.label_transformation = Label_Encoder(3, args.L_dim)
+        self.Gaussian_Predictor = Gaussian_Predictor(args.F_dim + args.L_dim, args.N_dim)
+        self.Decoder_Fusion = Decoder_Fusion(args.F_dim + args.L_dim + args.N_dim, args.D_out_dim)
+        self.Generator = Generator(args.D_out_dim, 3)
+        self.to(args.device, memory_format=torch.channels_last)
+
+        self.mse_criterion = nn.MSELoss()
+        self.current_epoch = 0
+        self.train_vi_len, self.val_vi_len, self.batch_size = args.train_vi_len, args.val_vi_len, args.batch_size
+        self.tfr_d_step, self.tfr_sde = args.tfr_d_step, args.tfr_sde
+        self.teacher_forcing_ratio_update()
+        self.kl_annealing = kl_annealing(args)
+        self.coins = torch.Generator().manual_seed(args.seed)
+        self.history = []
+        self.new_optimizer()
+        self.reset_totals()
+
+    @property
+    def args(self):
+        return self.__dict__["_args"]
+
+    @args.setter
+    def args(self, args):
+        self.__dict__["_args"] = self.flags().fill(args)
+
+    @staticmethod
+    def flags():
+        return build_parser()
+
+    @property
+    def device(self):
+        return next(self.frame_transformation.parameters()).device
+
+    def new_optimizer(self):
+        """Adam or AdamW as a fresh start, with the learning rate that the schedule has now."""
+        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[self.args.optim]
+        self.optim = kind(self.parameters(), lr=self.args.lr, fused=self.device.type in ("cuda", "cpu"))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optim, lambda _: learning_rate_factor(self.args, self.current_epoch, self.share_done()))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    # ------------------------------------------------------------ one training step: the assignment's figure 2 (a)
+
+    def forward(self, img, label, adapt_TeacherForcing=False):
+        """Loss of a batch of windows, and the last frame generated there.
+
+        img, label: (B, T, 3, H, W), float32 in [0, 1]; frame 0 is the past frame. adapt_TeacherForcing: True or False
+        for the whole window, or bool (T,): whether frame t is predicted from ground truth t - 1 (t = 1 always is).
+        Returns (loss, mse, kl, generated (B, 3, H, W)): means over the T - 1 predicted frames, kl in nats.
+        """
+        length = img.shape[1]
+        img, label = img.transpose(0, 1), label.transpose(0, 1)                    # (B, T, 3, H, W) -> (T, B, 3, H, W)
+        taught = torch.as_tensor(adapt_TeacherForcing).expand(length).tolist()
+
+        # what does not depend on a prediction, for all time steps at once
+        pose = over_time(self.label_transformation, label[1:])                        # (T-1, B, L_dim, H, W)
+        feature = self.saving_memory(self.frame_transformation, img)                  # (T, B, F_dim, H, W)
+        z, mu, logvar = self.saving_memory(self.Gaussian_Predictor, feature[1:], pose)    # (T-1, B, N_dim, H, W)
+
+        # step s predicts frame s + 1: from ground truth all at once, else from the frame just generated
+        forced = [s for s in range(length - 1) if s == 0 or taught[s + 1]]
+        frames = self.saving_memory(self.decode, pick(feature, forced), pick(pose, forced), pick(z, forced))
+        generated = dict(zip(forced, frames))
+        for s in range(length - 1):
+            if s not in generated:
+                generated[s], = self.saving_memory(self.next_frame, generated[s - 1][None], pose[s:s + 1], z[s:s + 1])
+
+        generated = torch.stack([generated[s] for s in range(length - 1)])            # (T-1, B, 3, H, W)
+        mse = self.mse_criterion(generated.float(), img[1:])
+        kl = kl_criterion(mu.float(), logvar.float(), mu.shape[0] * mu.shape[1])
+        loss = mse + self.kl_annealing.get_beta() * self.args.kl_weight * kl
+        return loss, mse, kl, generated[-1]
+
+    def decode(self, history, pose, z):
+        """Features of the past frame and the pose, and z, each (B, ..., H, W), to frames (B, 3, H, W)."""
+        frame = self.Generator(self.Decoder_Fusion(history, pose, z))
+        return {"none": lambda x: x, "clamp": lambda x: x.clamp(0, 1), "sigmoid": torch.sigmoid}[self.args.output](frame)
+
+    def next_frame(self, previous, pose, z):
+        """The frame that follows `previous` (B, 3, H, W): one step of a rollout."""
+        return self.decode(self.frame_transformation(previous), pose, z)
+
+    def saving_memory(self, function, *inputs):
+        """over_time(function, ...); with --checkpoint_steps a frame at a time, its activations computed again backward."""
+        if not (self.args.checkpoint_steps and torch.is_grad_enabled()):
+            return over_time(function, *inputs)
+        results = [checkpoint(function, *map(channels_last, at_t), use_reentrant=False) for at_t in zip(*inputs)]
+        if torch.is_tensor(results[0]):
+            return torch.stack(results)
+        return tuple(torch.stack(parts) for parts in zip(*results))
+
+    def training_one_step(self, img, label, adapt_TeacherForcing):
+        """Forward, backward and one step of the optimizer on a batch of windows; returns the loss (see `forward`)."""
+        self.optim.zero_grad(set_to_none=True)
+        img, label = img.to(self.device, non_blocking=True), label.to(self.device, non_blocking=True)
+        with self.autocast():
+            loss, mse, kl, generated = (self.parallel or self)(img, label, adapt_TeacherForcing)
+        self.scaler.scale(loss).backward()
+        finite = self.optimizer_step()
+
+        with torch.no_grad():  # sums for the history, on the device: no synchronisation
+            figures = torch.stack([loss, mse, kl]).detach().double()
+            self.totals[:3] += torch.where(finite, figures, 0.0)
+            self.totals[3] += finite
+            self.totals[4] += ~finite
+            self.skipped_in_a_row = (self.skipped_in_a_row + 1) * ~finite
+        self.generated = generated.detach()
+        return loss.detach()
+
+    def optimizer_step(self):
+        """Clip the gradient's norm and step; a non-finite gradient skips the step. Returns whether it was finite, a tensor."""
+        self.scaler.unscale_(self.optim)
+        finite = nn.utils.clip_grad_norm_(self.parameters(), CLIP_NORM).isfinite()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optim)
+            self.scaler.update()
+        elif self.device.type == "cuda":  # the fused kernel itself looks at the flag, so the host need not wait for it
+            self.optim.grad_scale, self.optim.found_inf = None, (~finite).float()
+            self.optim.step()
+        elif finite:
+            self.optim.step()
+        if self.ema is not None:
+            decay = min(self.args.ema, (1 + self.steps_done) / (10 + self.steps_done))  # short runs forget their start
+            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters()], 1 - decay)
+        return finite
+
+    # ------------------------------------------------------------ the rollout: figure 2 (b)
+
+    @torch.inference_mode()
+    def rollout(self, first, label, on_block=None):
+        """Generate a sequence from its first frame and its poses; validation and testing share it.
+
+        first: (S, 3, H, W), label: (S, T, 3, H, W), float32 in [0, 1]. Returns (S, T - 1, 3, H, W) in [0, 1], on the CPU.
+        z is drawn at every step from N(0, I), for each sequence from a generator of its own seeded with --seed, so a
+        sequence comes out the same alone and among others. The frame fed back is the one returned, clamped.
+        on_block(t, frames) is called every few frames with those made since, t of them so far.
+        UserError names sequence and frame of a non-finite prediction.
+        """
+        args, device = self.args, self.device
+        count, length = label.shape[:2]
+        shape = (args.N_dim, *label.shape[-2:])
+        noise = [torch.Generator(device).manual_seed(args.seed + i) for _ in range(count) for i in range(args.rollouts)]
+        previous = first.to(device).repeat_interleave(args.rollouts, 0)
+        blocks = []
+        with evaluating(self), self.autocast():
+            for start in range(1, length, ROLLOUT_BLOCK):
+                # (S, t, 3, H, W) -> (t, S, L_dim, H, W); every sequence as often as it is rolled out
+                pose = over_time(self.label_transformation, label[:, start:start + ROLLOUT_BLOCK].transpose(0, 1).to(device))
+                pose = pose.repeat_interleave(args.rollouts, 1)
+                steps = len(pose)
+                if args.z == "prior":
+                    z = torch.stack([torch.randn(steps, *shape, generator=g, device=device) for g in noise], 1)
+                else:
+                    z = torch.zeros(steps, len(noise), *shape, device=device)
+                frames, finite = [], []
+                for s in range(steps):
+                    previous = self.next_frame(channels_last(previous), channels_last(pose[s]), channels_last(z[s])).float()
+                    finite.append(previous.isfinite().flatten(1).all(1))
+                    previous = previous.clamp(0, 1)
+                    frames.append(previous)
+                bad = ~torch.stack(finite).cpu()
+                if bad.any():
+                    step, lane = bad.nonzero()[0].tolist()
+                    raise UserError(f"rollout of sequence {lane // args.rollouts}: frame {start + step} is not finite; expected "
+                                    f"weights that give finite frames (train longer, or with a smaller --lr)")
+                blocks.append(torch.stack(frames, 1).unflatten(0, (count, args.rollouts)).mean(1).cpu())
+                if on_block:
+                    on_block(start + steps - 1, blocks[-1])
+        return torch.cat(blocks, 1)
+
+    def val_one_step(self, img, label):
+        """Roll out a batch of sequences, img and label (B, T, 3, H, W). Returns (loss, T - 1 PSNRs in dB, means over B)."""
+        squared = []
+
+        def look(done, frames):
+            squared.append((frames - img[:, 1 + done - frames.shape[1]:1 + done].cpu()).square().mean((2, 3, 4)))
+            so_far = -10 * torch.log10(torch.cat(squared, 1)).mean()
+            self.tqdm_bar("val", self.bar, so_far, self.optim.param_groups[0]["lr"] if hasattr(self, "optim") else 0.0, frames.shape[1])
+            self.stop_if_asked()
+
+        self.predicted = self.rollout(img[:, 0], label, look)  # (B, T - 1, 3, H, W), kept for pictures
+        squared = torch.cat(squared, 1)
+        return squared.mean(), (-10 * torch.log10(squared)).mean(0).tolist()
+
+    def eval(self):
+        """One validation rollout of the whole validation sequence. Returns the mean PSNR in dB; makes save_root.
+
+        This is the template's name for its validation loop. It hides nn.Module.eval(), so modes are switched with
+        nn.Module.train(model, flag) alone.
+        """
+        make_folder(self.args.save_root)
+        losses, psnrs = [], []
+        loader = self.val_dataloader()
+        with self.validated_weights(), progress(total=len(loader) * (self.args.val_vi_len - 1), unit="frame",
+                                                desc=f"val   {self.current_epoch}", leave=False) as self.bar:
+            for img, label in loader:
+                loss, psnr = self.val_one_step(img, label)
+                losses.append(loss)
+                psnrs.append(psnr)
+        self.bar = None
+        self.val_loss = float(torch.stack(losses).mean())
+        self.psnr_per_frame = np.mean(psnrs, axis=0).tolist()
+        self.val_sequence = (label[0, 1:].cpu(), self.predicted[0], img[0, 1:].cpu())
+        return float(np.mean(self.psnr_per_frame))
+
+    # ------------------------------------------------------------ averaged weights
+
+    @contextmanager
+    def validated_weights(self):
+        """Inside, the model holds the weights that are validated and kept, where they are not the raw ones.
+
+        Parameters averaged over training (EMA), and BatchNorm's statistics recomputed for them: running averages lag
+        behind moving weights, and averaged weights need statistics of their own.
+        """
+        if self.ema is None and self.poses is None:
+            yield
+            return
+        raw = self.network_state()
+        with torch.no_grad():
+            for name, average in (self.ema or {}).items():
+                self.get_parameter(name).copy_(average)
+        if self.poses is not None:
+            self.refresh_norm()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in self.state_dict().items():
+                    value.copy_(raw[name])
+
+    @torch.no_grad()
+    def refresh_norm(self):
+        """BatchNorm's statistics over the sample of training poses, in one pass through the first convolution."""
+        blocks = max(1, len(self.poses) // 128)
+        stem = nn.Sequential(*list(self.label_transformation)[:3])
+        # each block is every blocks-th pose, so that all have nearly the same mean and their variances may be averaged
+        update_bn([channels_last(self.poses[i::blocks].float().div(255).to(self.device)) for i in range(blocks)], stem)
+
+    def network_state(self):
+        """A copy of the five networks' weights, by the keys that a checkpoint has."""
+        return {name: value.detach().clone() for name, value in self.state_dict().items() if name.split(".")[0] in NETWORKS}
+
+    def autocast(self):
+        """The context in which the network runs: mixed precision where `precision` says so."""
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    @property
+    def precision(self):
+        """fp32, bf16 or fp16: --precision, or what is fastest here; measured once."""
+        if "_precision" not in self.__dict__:
+            self.__dict__["_precision"], self.precision_reason = pick_precision(self.args.precision, self.device)
+        return self.__dict__["_precision"]
+
+    # ------------------------------------------------------------ data
+
+    def frames(self, mode):
+        """The decoded frames of a split, or None with --no_cache. Decoded once, kept beside the data."""
+        if self.args.no_cache:
+            return None
+        cache = self.__dict__.setdefault("_frames", {})
+        if mode not in cache:
+            args = self.args
+            folder = cache_folder(args.DR, args.cache_dir)
+            cache[mode] = Frames(args.DR, mode, args.frame_H, args.frame_W, folder, args.num_workers).to(self.device)
+        return cache[mode]
+
+    def dataset(self, mode, video_len, partial=1.0):
+        transform = frame_transform(self.args.frame_H, self.args.frame_W)
+        return Dataset_Dance(self.args.DR, transform, mode, video_len, partial, self.frames(mode))
+
+    def train_dataloader(self, skip=0):
+        """Batches of this epoch's training windows in order, this rank's share of them, from batch `skip` on."""
+        args = self.args
+        dataset = self.dataset("train", args.train_vi_len, data_share(args, self.current_epoch))
+        order = range(self.rank, len(dataset) - len(dataset) % self.world, self.world)
+        if len(order) < args.batch_size:
+            raise UserError(f"--batch_size {args.batch_size}: the training data hold {len(dataset)} windows of {args.train_vi_len} "
+                            f"frames for {self.world} process(es); expected at least one batch each")
+        order = order[skip * args.batch_size:]
+        if dataset.frames is not None:
+            return WindowLoader(dataset, args.batch_size, order)
+        # a generator of its own: starting a loader must not move the one that training draws from
+        return DataLoader(dataset, args.batch_size, sampler=order, drop_last=True, num_workers=args.num_workers,
+                          generator=torch.Generator())
+
+    def val_dataloader(self):
+        """Batches of one validation sequence of val_vi_len frames."""
+        dataset = self.dataset("val", self.args.val_vi_len)
+        if dataset.frames is not None:
+            return WindowLoader(dataset, 1)
+        return DataLoader(dataset, 1, num_workers=min(1, self.args.num_workers), generator=torch.Generator())
+
+    def steps_in(self, epoch):
+        """Training steps of an epoch on this rank."""
+        args = self.args
+        if self.pool is None:
+            windows = int(self.train_frames * data_share(args, epoch)) // args.train_vi_len
+            return windows // self.world // args.batch_size
+        predicted = args.batch_size * (args.train_vi_len - 1) * self.world
+        return max(1, int(self.train_frames * data_share(args, epoch)) // predicted)
+
+    def batches(self, skip):
+        """This epoch's windows and teacher flags: (img, label, flags (T,)), from batch `skip` on."""
+        args = self.args
+        if self.pool is None:
+            for img, label in self.train_dataloader(skip):
+                yield img, label, self.toss(args.train_vi_len)
+            return
+        for _ in range(skip, self.steps_in(self.current_epoch)):
+            flags = self.toss(args.train_vi_len)
+            lanes = self.toss(args.batch_size, counted=True)
+            img, label = self.pool.draw(args.batch_size, args.train_vi_len, args.next_share, lanes)
+            yield img, label, flags
+
+    def toss(self, count, counted=None):
+        """`count` coins that come up ground truth with chance tfr: bool (count,), one toss an epoch, a batch, or each."""
+        if self.args.tf_coin == "frame":
+            coins = torch.rand(count, generator=self.coins)
+        elif self.args.tf_coin == "batch":
+            coins = torch.rand(1, generator=self.coins).expand(count)
+        else:
+            coins = torch.full((count,), self.epoch_coin)
+        taught = coins < self.tfr
+        # the first frame of a window has no history and the second one's is given, unless a pool gives it
+        tossed = taught if counted else taught[2:]
+        self.taught += int(tossed.sum())
+        self.tossed += len(tossed)
+        return taught
+
+    # ------------------------------------------------------------ the training stage
+
+    def training_stage(self):
+        """Train from the current epoch to the last; after each, validate, record and save.
+
+        A signal (Ctrl-C, SIGTERM) saves last.ckpt and raises Stopped. UserError for data that can't be used, a
+        save_root that another run holds, and losses that stay non-finite.
+        """
+        self.open_data()
+        make_folder(self.args.save_root)
+        with locked(self.args.save_root) if self.rank == 0 else nullcontext(), console.catching_signals(self.note_signal):
+            self.begin()
+            try:
+                while self.current_epoch < self.args.num_epoch:
+                    self.train_epoch()
+                    psnr = self.eval() if self.rank == 0 else 0.0
+                    self.end_epoch(psnr)
+            except Stopped:
+                self.write(["last.ckpt"])
+                self.say(f"stopped in epoch {self.current_epoch}, saved; go on with: {resume_command()}")
+                raise
+        self.say(f"done: {self.current_epoch} epochs, best validation PSNR {self.best_psnr:.2f} dB, in {self.args.save_root}")
+
+    def train_epoch(self):
+        """The rest of the current epoch's training steps."""
+        if self.epoch_coin is None:
+            self.epoch_coin = float(torch.rand(1, generator=self.coins))
+        steps, began = self.steps_in(self.current_epoch), time.monotonic() - self.seconds
+        last_fitted = self.clock and self.clock.fitted and self.current_epoch == self.args.num_epoch - 1
+        with progress(total=None if last_fitted else steps, initial=self.step, unit="step", leave=False,
+                      disable=self.rank > 0, desc=f"train {self.current_epoch}/{self.args.num_epoch}") as bar:
+            while True:
+                for img, label, flags in self.batches(self.step):
+                    self.learning_rate_sum += self.optim.param_groups[0]["lr"]
+                    loss = self.training_one_step(img, label, flags)
+                    if self.pool is not None:
+                        self.pool.put(self.generated)
+                    self.step += 1
+                    self.steps_done += 1
+                    self.seconds = time.monotonic() - began
+                    self.scheduler.step()
+                    if self.device.type == "cpu" or self.step % 20 == 0:  # reading a value from a GPU waits for it
+                        self.tqdm_bar("train", bar, loss, self.optim.param_groups[0]["lr"], self.step - bar.n)
+                        self.stop_if_hopeless()
+                    self.agree()
+                    if self.args.save_every_steps and self.step % self.args.save_every_steps == 0:
+                        self.write(["last.ckpt"])
+                    self.stop_if_asked()
+                    if self.clock and self.clock.over():
+                        return
+                if not last_fitted:
+                    return
+                self.step = 0  # time is left in a run that was fitted to it: the last epoch goes round again
+
+    def end_epoch(self, psnr):
+        """Record the epoch that was trained and validated, go on to the next, and write the files."""
+        epoch, best = self.current_epoch, psnr > self.best_psnr
+        self.best_psnr = max(self.best_psnr, psnr)
+        if self.rank == 0:
+            self.record(epoch, psnr, best)
+        self.current_epoch, self.step = epoch + 1, 0
+        self.kl_annealing.update()
+        self.teacher_forcing_ratio_update()
+        self.reset_totals()
+        self.scheduler.step()
+        if self.clock and self.clock.over():
+            self.args.num_epoch = self.current_epoch
+        names = ["best.ckpt"] * best + [f"epoch={epoch}.ckpt"] * (epoch % self.args.per_save == 0) + ["last.ckpt"]
+        self.write(names)
+
+    def record(self, epoch, psnr, best):
+        """The epoch's row in history.csv, a line, and the pictures of the best epoch (of every epoch if wanted)."""
+        loss, mse, kl, taken, skipped = self.totals.tolist()
+        taken = max(1, taken)
+        frames = self.step * self.args.batch_size * (self.args.train_vi_len - 1) * self.world
+        row = dict(zip(HISTORY, (
+            epoch, self.learning_rate_sum / max(1, self.step), self.tfr, self.taught / self.tossed if self.tossed else 1.0,
+            self.kl_annealing.get_beta(), loss / taken, mse / taken, kl / taken, self.val_loss, psnr,
+            min(self.psnr_per_frame), self.psnr_per_frame[-1], int(skipped), self.seconds, frames / max(self.seconds, 1e-9))))
+        self.history.append(row)
+        root = Path(self.args.save_root)
+        write_csv(root / "history.csv", HISTORY, self.history)
+        if best:
+            self.write_validation(root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
+        if getattr(self.args, "store_visualization", False):
+            self.write_validation(root / f"epoch={epoch}_psnr.png", root / f"epoch={epoch}_pred.gif")
+        if self.board:
+            log_to_tensorboard(self.board, row, root / "val_pred.gif" if best else None)
+        self.say(f"epoch {epoch}: lr {row['lr']:.2e}, tfr {self.tfr:.3f}, beta {row['beta']:.2f}, loss {row['train_loss']:.5f} "
+                 f"(mse {row['train_mse']:.5f}, kl {row['train_kl']:.1f}), validation PSNR mean {psnr:.2f} min {row['val_psnr_min']:.2f} "
+                 f"last {row['val_psnr_last']:.2f} dB, {row['frames_per_second']:.1f} frames/s" + (", best" if best else ""))
+
+    def begin(self):
+        """Ready the first step: state of a checkpoint or a fresh start, averages, the other ranks, the clock."""
+        args = self.args
+        if args.ema and self.ema is None:
+            self.ema = {name: p.detach().clone() for name, p in self.named_parameters()}
+        if args.pool:
+            clips = find_clips(self.train_pictures)
+            self.pool = RolloutPool(self.dataset("train", args.train_vi_len), clips, args.pool, args.seed + self.rank)
+            if args.batch_size > args.pool:
+                raise UserError(f"--batch_size {args.batch_size}: expected at most the {args.pool} lanes of --pool")
+        if self.world > 1:
+            # weights come from rank 0; what each rank draws from here on is its own
+            self.__dict__["parallel"] = DistributedDataParallel(self, [self.device.index] if self.device.type == "cuda" else None)
+            torch.manual_seed(args.seed + self.rank)
+        if self.restored:
+            if self.restored["train_frames"] != self.train_frames:
+                self.say(f"--DR {args.DR}: {self.train_frames} training frames, the checkpoint's run had {self.restored['train_frames']}")
+            self.load_training_state(self.restored)
+            self.scheduler.base_lrs, args.lr, self.restored = [self.base_lr], self.base_lr, None
+        elif self.steps_in(self.current_epoch) < 1:
+            self.train_dataloader()  # raises what is wrong
+        if self.rank == 0:
+            sweep_leftovers(args.save_root)
+        self.say(f"{args.device}, {self.precision_reason}; {self.train_frames} training frames"
+                 + (f" in {len(self.pool.clips) - 1} clips" if self.pool else "") + f", {self.steps_in(self.current_epoch)} steps an epoch")
+        self.compile_networks()
+        if args.max_minutes and self.current_epoch < args.num_epoch:
+            self.fit_to_time()
+        if args.tensorboard and self.rank == 0:
+            self.board = open_tensorboard(args.save_root)
+
+    def open_data(self):
+        """Check and decode the data that training needs, before anything is written."""
+        args = self.args
+        self.dataset("val", args.val_vi_len)
+        dataset = self.dataset("train", args.train_vi_len)
+        self.train_frames = dataset.n_frames
+        if dataset.frames is not None:
+            self.train_pictures, poses = dataset.frames.imgs, dataset.frames.labels
+        elif args.pool:  # cuts are found in decoded frames
+            self.train_pictures = decode(dataset.img_paths, args.frame_H, args.frame_W, args.num_workers, desc="finding cuts")
+        if args.refresh_norm:
+            chosen = torch.linspace(0, self.train_frames - 1, min(self.train_frames, POSE_SAMPLE)).round().long()
+            if dataset.frames is None:
+                poses = torch.from_numpy(decode([dataset.label_paths[i] for i in chosen], args.frame_H, args.frame_W, args.num_workers))
+                chosen = slice(None)
+            self.poses = poses[chosen.to(poses.device) if torch.is_tensor(chosen) else chosen]
+
+    def compile_networks(self):
+        """torch.compile each network where it pays: on CUDA, and on a CPU in runs long enough to earn it back."""
+        args = self.args
+        pixels = args.frame_H * args.frame_W / 2048 * sum(p.numel() for p in self.parameters()) / 1.6e6
+        frames = sum(self.steps_in(e) for e in range(self.current_epoch, args.num_epoch)) * args.batch_size * (args.train_vi_len - 1)
+        long = args.max_minutes >= COMPILE_MINUTES if args.max_minutes else frames * pixels >= COMPILE_FRAMES
+        if args.no_compile or self.device.type not in ("cuda", "cpu") or (self.device.type == "cpu" and not long):
+            return
+        self.say("compiling the networks (off with --no_compile)")
+        networks = [getattr(self, name) for name in NETWORKS]
+        state = copy.deepcopy(self.training_state())
+        try:
+            for network in networks:
+                network.compile()
+            shape = (args.batch_size, args.train_vi_len, 3, args.frame_H, args.frame_W)
+            self.training_one_step(torch.rand(shape), torch.rand(shape), True)
+        except Exception as error:  # no compiler, no triton, an operator that it can't take: many kinds
+            for network in networks:
+                network._compiled_call_impl = None
+            self.say(f"torch.compile does not work here ({type(error).__name__}): going on without it")
+        self.load_training_state(state)
+
+    # ------------------------------------------------------------ a run fitted to --max_minutes
+
+    def fit_to_time(self):
+        """Measure a training step and a rollout, and fit epochs and schedules to the minutes that are left."""
+        args, before = self.args, self.args.num_epoch
+        state = copy.deepcopy(self.training_state())
+        self.epoch_coin = 0.0
+        seconds = []
+        for (img, label, flags), _ in zip(self.batches(0), range(5)):
+            began = time.monotonic()
+            self.training_one_step(img, label, flags)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds.append(time.monotonic() - began)
+        step = sorted(seconds)[len(seconds) // 2]
+        img, label = next(iter(self.val_dataloader()))
+        few = min(args.val_vi_len, ROLLOUT_BLOCK + 1)
+        for _ in range(2):  # the first one warms up
+            began = time.monotonic()
+            with self.validated_weights():
+                self.rollout(img[:, 0], label[:, :few])
+            validation = (time.monotonic() - began) * (args.val_vi_len - 1) / (few - 1)
+        self.load_training_state(state)
+
+        step, validation = self.from_rank_0(step), self.from_rank_0(validation)
+        self.clock = Clock(STARTED + 60 * args.max_minutes, validation, self.share_done())
+        left, epochs = self.clock.deadline - time.monotonic(), 0
+        while self.current_epoch + epochs < before:
+            left -= self.steps_in(self.current_epoch + epochs) * step + (validation if epochs else 0)
+            if left < 0 and epochs:
+                break
+            epochs += 1
+        epochs = int(self.from_rank_0(epochs))
+        args.num_epoch = self.current_epoch + epochs
+        self.clock.fitted = args.num_epoch < before or left < 0
+        if self.clock.fitted:
+            shrink = args.num_epoch / before
+            if "tfr_sde" not in args.given:
+                args.tfr_sde = self.tfr_sde = round(args.tfr_sde * shrink)
+            if "tfr_d_step" not in args.given:
+                args.tfr_d_step = self.tfr_d_step = min(1.0, args.tfr_d_step / shrink)
+            self.kl_annealing = kl_annealing(args, self.current_epoch)
+            self.teacher_forcing_ratio_update()
+        self.say(f"--max_minutes {args.max_minutes:g}: a step takes {step:.3f} s, a validation about {validation:.0f} s; {args.num_epoch} epochs")
+
+    def share_done(self):
+        """The share of the run that is over, in [0, 1]: by its steps, or by the clock where it was fitted to one."""
+        if self.clock and self.clock.fitted:
+            return self.clock.share()
+        if self.train_frames is None:
+            return 0.0
+        return self.steps_done / max(1, self.steps_done - self.step + sum(
+            self.steps_in(e) for e in range(self.current_epoch, self.args.num_epoch)))
+
+    # ------------------------------------------------------------ checkpoints
+
+    def checkpoint(self):
+        """The whole run as one dict of plain types and tensors. `state_dict`: the weights that are validated."""
+        with self.validated_weights():
+            weights = self.network_state()
+        state = self.training_state()
+        averaged = self.ema is not None or self.poses is not None
+        return {
+            "state_dict": weights,
+            **({"train_state_dict": state.pop("weights")} if averaged else {}),
+            "optimizer": state.pop("optimizer"),
+            "lr": self.optim.param_groups[0]["lr"],
+            "tfr": self.tfr,
+            "last_epoch": self.current_epoch - 1,
+            "args": {k: v for k, v in vars(self.args).items() if v is None or isinstance(v, (bool, int, float, str))},
+            "resume": state,
+        }
+
+    def training_state(self):
+        """Everything that decides the rest of the run; `load_training_state` takes it back."""
+        rank_state = {"torch": torch.get_rng_state(), "coins": self.coins.get_state(), "taught": self.taught, "tossed": self.tossed,
+                      "pool": self.pool.state_dict() if self.pool else None,
+                      "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
+        ranks = [rank_state]
+        if self.world > 1:
+            ranks = [None] * self.world
+            dist.all_gather_object(ranks, rank_state)
+        return {
+            "weights": self.network_state(), "ema": self.ema, "optimizer": self.optim.state_dict(),
+            "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(),
+            "epoch": self.current_epoch, "kl_epoch": self.kl_annealing.current_epoch, "tfr": self.tfr,
+            "step": self.step, "steps_done": self.steps_done, "epoch_coin": self.epoch_coin,
+            "totals": self.totals, "learning_rate_sum": self.learning_rate_sum, "skipped_in_a_row": self.skipped_in_a_row,
+            "seconds": self.seconds, "share_done": self.share_done(), "best_psnr": self.best_psnr,
+            "history": [dict(row) for row in self.history], "train_frames": self.train_frames, "precision": self.precision,
+            "num_epoch": self.args.num_epoch, "ranks": ranks,
+        }
+
+    def load_training_state(self, state):
+        """Go on exactly where `training_state` was taken."""
+        with torch.no_grad():
+            for name, value in self.state_dict().items():
+                value.copy_(state["weights"][name])
+            for name, value in (state["ema"] or {}).items() if self.ema is not None else ():
+                self.ema[name].copy_(value)
+        self.optim.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.current_epoch, self.tfr = state["epoch"], state["tfr"]
+        self.kl_annealing.current_epoch = state["kl_epoch"]
+        self.step, self.steps_done, self.epoch_coin = state["step"], state["steps_done"], state["epoch_coin"]
+        self.totals = state["totals"].to(self.device)
+        self.skipped_in_a_row = state["skipped_in_a_row"].to(self.device)
+        self.learning_rate_sum, self.seconds, self.best_psnr = state["learning_rate_sum"], state["seconds"], state["best_psnr"]
+        self.history = [dict(row) for row in state["history"]]
+        if self.args.precision == "auto":
+            self.__dict__["_precision"] = state["precision"]  # a timing must not change the rest of a run
+        if self.rank >= len(state["ranks"]):
+            return  # a rank that the run did not have: it draws from its own seed
+        own = state["ranks"][self.rank]
+        torch.set_rng_state(own["torch"])
+        self.coins.set_state(own["coins"])
+        self.taught, self.tossed = own["taught"], own["tossed"]
+        if own["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda"], self.device)
+        if self.pool is not None and own["pool"] is not None:
+            self.pool.load_state_dict(own["pool"])
+
+    def write(self, names):
+        """Write the run's checkpoint into save_root under these names; every rank calls it, rank 0 writes."""
+        state = self.checkpoint()
+        if self.rank == 0:
+            for name in names:
+                write_checkpoint(Path(self.args.save_root) / name, state)
+
+    def save(self, path):
+        """Write a checkpoint to `path`, atomically."""
+        write_checkpoint(path, self.checkpoint())
+        print(f"saved {path}")
+
+    def load_checkpoint(self):
+        """Load --ckpt_path where it is given: ours, the template's, or another's (see `checkpoints.read_checkpoint`).
+
+        Sets the weights, args.lr, tfr, current_epoch (the one after the checkpoint's last), kl_annealing and the
+        optimizer. A training stage that follows goes on exactly where a checkpoint of ours was written.
+        """
+        if self.args.ckpt_path is None:
+            return
+        loaded = read_checkpoint(self.args.ckpt_path)
+        load_weights(self, loaded["state_dict"], self.args.ckpt_path)
+        self.base_lr = self.args.lr
+        self.args.lr = loaded.get("lr") or self.args.lr
+        self.tfr = loaded["tfr"] if loaded.get("tfr") is not None else self.args.tfr
+        self.current_epoch = int(loaded["last_epoch"]) + 1 if loaded.get("last_epoch") is not None else 0
+        self.kl_annealing = kl_annealing(self.args, current_epoch=self.current_epoch)
+        self.new_optimizer()
+        if loaded["optimizer"] and self.optim.state_dict()["param_groups"][0]["params"] == loaded["optimizer"]["param_groups"][0]["params"]:
+            self.optim.load_state_dict(loaded["optimizer"])
+        if "resume" in loaded:
+            self.restored = {"weights": loaded.get("train_state_dict", loaded["state_dict"]), "optimizer": loaded["optimizer"], **loaded["resume"]}
+            self.history, self.best_psnr = loaded["resume"]["history"], loaded["resume"]["best_psnr"]
+
+    # ------------------------------------------------------------ pictures
+
+    def write_validation(self, plot, gif, table=None):
+        """The last validation rollout: PSNR per frame as a plot and a table, pose | prediction | ground truth as a GIF."""
+        if table:
+            write_csv(table, ("frame", "psnr"), [{"frame": t, "psnr": p} for t, p in enumerate(self.psnr_per_frame, 1)])
+        plot_psnr(self.psnr_per_frame, plot)
+        self.make_gif([torch.cat(side_by_side, 2) for side_by_side in zip(*self.val_sequence)], gif)
+
+    def make_gif(self, images_list, img_name, duration=GIF_TICK):
+        """Write frames (3, H, W) in [0, 1] as a GIF, `duration` milliseconds each. Pillow merges equal neighbours."""
+        write_gif(images_list, img_name, duration)
+
+    # ------------------------------------------------------------ bookkeeping
+
+    def teacher_forcing_ratio_update(self):
+        """Set tfr to the current epoch's."""
+        self.tfr = teacher_forcing_ratio(self.args, self.current_epoch)
+
+    def tqdm_bar(self, mode, pbar, loss, lr=0.0, advance=1):
+        """Advance a bar ("train" or "val") and show epoch, lr, teacher forcing, beta and loss (val: PSNR so far)."""
+        if pbar is None:
+            return
+        figure = f"PSNR {float(loss):.2f} dB" if mode == "val" else f"loss {float(loss):.5f}"
+        beta = self.kl_annealing.get_beta() if hasattr(self, "kl_annealing") else 1.0
+        pbar.set_postfix_str(f"lr {lr:.1e}, tfr {getattr(self, 'tfr', 0.0):.2f}, beta {beta:.2f}, {figure}", refresh=False)
+        pbar.update(advance)
+
+    def reset_totals(self):
+        """Zero the sums that an epoch's row in the history is made of."""
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        self.totals = torch.zeros(5, dtype=kind, device=self.device)  # loss, mse, kl, steps taken, steps skipped
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=self.device)
+        self.taught = self.tossed = 0
+        self.learning_rate_sum = self.seconds = 0.0
+        self.epoch_coin = None
+
+    def say(self, line):
+        """A line for the user, from rank 0."""
+        if self.rank == 0:
+            console.say(line)
+
+    def note_signal(self, number):
+        self.stop_signal = number
+
+    def stop_if_asked(self):
+        """Raise Stopped after a signal; in a run of several ranks only where all of them agreed on it."""
+        if self.stop_signal and (self.world == 1 or self.agreed):
+            raise Stopped(self.stop_signal)
+
+    def stop_if_hopeless(self):
+        """UserError after MAX_SKIPPED steps in a row whose gradient was not finite."""
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise UserError(f"--lr {self.args.lr:g}: the loss was not finite for {int(self.skipped_in_a_row)} steps in a row in epoch "
+                            f"{self.current_epoch}; expected a rate that training survives (checkpoints in {self.args.save_root} are whole)")
+
+    def agree(self):
+        """Let all ranks see the same clock, and the same signal if any of them got one. Costs nothing with one rank."""
+        if self.clock:
+            self.clock.now = self.from_rank_0(time.monotonic())
+        if self.world > 1:
+            asked = torch.tensor(self.stop_signal or 0, device=self.device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.stop_signal, self.agreed = int(asked) or None, True
+
+    def from_rank_0(self, value):
+        """The number that rank 0 has."""
+        if self.world == 1:
+            return value
+        value = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(value, 0)
+        return value.item()
+
+
+class Clock:
+    """The time of a run with --max_minutes. `end` and `now` are of time.monotonic(); the last validation must fit before end."""
+
+    def __init__(self, end, validation, share=0.0):
+        self.end, self.start_share = end, share
+        self.start = self.now = time.monotonic()
+        self.fitted = False
+        self.leave(validation)
+
+    def leave(self, validation):
+        """Set aside the seconds of the last validation, with a margin for files and a machine that slows down."""
+        self.deadline = self.end - 1.2 * validation - 5
+
+    def over(self):
+        return self.now >= self.deadline
+
+    def share(self):
+        """The share of the run that is over, from what it was at the start to 1 at the deadline."""
+        gone = (self.now - self.start) / max(1e-9, self.deadline - self.start)
+        return self.start_share + (1 - self.start_share) * min(1.0, max(0.0, gone))
+
+
+# ---------------------------------------------------------------- pictures
+
+def write_gif(images, path, duration):
+    """Frames (3, H, W), float in [0, 1], as an endless GIF of `duration` milliseconds a frame, atomically."""
+    pictures = [Image.fromarray(np.rint(image.float().clamp(0, 1).mul(255).cpu().numpy()).astype(np.uint8).transpose(1, 2, 0))
+                for image in images]
+    with atomic(path) as aside:
+        pictures[0].save(aside, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+
+
+def plot_psnr(psnrs, path):
+    """PSNR per frame as a PNG."""
+    import matplotlib  # slow to import, and not needed before the first picture
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    axes.plot(range(1, len(psnrs) + 1), psnrs, color="#0072B2", linewidth=1)
+    axes.axhline(np.mean(psnrs), color="#D55E00", linestyle="--", linewidth=1, label=f"mean {np.mean(psnrs):.2f} dB")
+    axes.set(xlabel="frame", ylabel="PSNR (dB)", title="validation rollout")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with atomic(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")
+    plt.close(figure)
+
+
+def open_tensorboard(save_root):
+    """A SummaryWriter in save_root/tensorboard. UserError where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: the package is not installed; expected it after pip install tensorboard") from None
+    return SummaryWriter(str(Path(save_root) / "tensorboard"))
+
+
+def log_to_tensorboard(board, row, gif=None):
+    """One epoch's row of the history as scalars, and the validation GIF."""
+    for name, value in row.items():
+        board.add_scalar(name.replace("train_", "train/").replace("val_", "val/"), value, row["epoch"])
+    if gif:  # TensorBoard shows a GIF as it is; add_video would need another package
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        picture = Summary.Image(colorspace=3, encoded_image_string=Path(gif).read_bytes())
+        board.file_writer.add_summary(Summary(value=[Summary.Value(tag="validation", image=picture)]), row["epoch"])
+    board.flush()
+
+
+# ---------------------------------------------------------------- devices
+
+def pick_device(name):
+    """The torch.device of --device (None: CUDA where there is one, else the CPU). UserError where it is missing."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UserError(f"--device {name}: there are {count} CUDA devices here; expected one that is there, or cpu")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: there is none here; expected cpu or cuda")
+    return device
+
+
+def pick_precision(wanted, device):
+    """(fp32, bf16 or fp16, why) for --precision on a device.
+
+    auto takes mixed precision where the hardware has it and it is faster: CUDA from compute capability 8.0 has bf16;
+    older GPUs and CPUs with AVX512-BF16 or AMX are timed, as some of them multiply bf16 or fp16 no faster than fp32.
+    """
+    if wanted != "auto":
+        return wanted, f"{wanted} as asked"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16", "bf16"
+    if device.type == "cuda":
+        candidate = torch.float16
+    elif device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")):
+        candidate = torch.bfloat16
+    else:
+        return "fp32", "fp32"
+    ratio = matmul_speed(candidate, device) / matmul_speed(torch.float32, device)
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[candidate]
+    return (name if ratio > 1.1 else "fp32"), f"{name if ratio > 1.1 else 'fp32'} ({name} multiplies {ratio:.1f} times as fast as fp32 here)"
+
+
+def matmul_speed(dtype, device, size=1024):
+    """Matrix products a second, the best of several."""
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(6):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - began)
+    return 1 / best
+
+
+# ---------------------------------------------------------------- the command line
+
+def build_parser():
+    """The flags of Trainer.py."""
+    parser = console.build_parser("Trainer.py", "Train the pose-conditioned VAE, or validate a checkpoint with --test.")
+    parser.add_argument("--store_visualization", action="store_true", help="keep a GIF and a PSNR plot of every epoch's validation")
+    return parser
+
+
+# flags that say how and where to run, not what to train: a checkpoint never decides them
+OF_THE_MACHINE = {"save_root", "device", "gpu", "num_workers", "no_cache", "cache_dir", "ckpt_path", "resume", "test", "per_save",
+                  "save_every_steps", "max_minutes", "tensorboard", "store_visualization", "no_compile", "recipe"}
+
+
+def adopt_settings(args, names=None):
+    """Take the settings of the checkpoint at args.ckpt_path for flags that are not on the command line.
+
+    names: the flags to take; None takes all that say what to train. A given flag that differs is said.
+    """
+    loaded = read_checkpoint(args.ckpt_path)
+    settings = {**sizes(loaded), **{k: v for k, v in loaded["args"].items() if k in vars(args)}} if isinstance(
+        loaded.get("args"), dict) else sizes(loaded)
+    names = settings.keys() - OF_THE_MACHINE if names is None else names & settings.keys()
+    for name in sorted(names):
+        if name not in args.given:
+            setattr(args, name, settings[name])
+        elif getattr(args, name) != settings[name]:
+            console.say(f"--{name} {getattr(args, name)}: the checkpoint has {settings[name]}")
+    return loaded
+
+
+def require(args, *flags):
+    for flag in flags:
+        if getattr(args, flag) is None:
+            raise UserError(f"--{flag}: is missing; expected a path")
+
+
+def check_save_root(path):
+    """UserError where a folder can't be made at `path`, before any long work; makes nothing."""
+    there = next(p for p in [Path(path), *Path(path).absolute().parents] if p.exists() or p.is_symlink())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--save_root {path}: {there} is not a folder that can be written; expected one")
+
+
+def resume_command():
+    words = [word for word in sys.argv if word != "--resume"] + ["--resume"]
+    return "python " + shlex.join(words)
+
+
+def join_processes(args):
+    """(rank, world) under torchrun, else (0, 1). UserError where --gpu wants more than are there."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.gpu > 1 and world != args.gpu:
+        raise UserError(f"--gpu {args.gpu}: expected to be started as torchrun --nproc_per_node={args.gpu} {shlex.join(sys.argv)}")
+    if world == 1:
+        return 0, 1
+    if args.device in (None, "cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), world
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    require(args, "save_root")
+    check_save_root(args.save_root)
+    last = Path(args.save_root) / "last.ckpt"
+    if args.resume and last.exists():
+        args.ckpt_path = str(last)
+    if args.test:
+        require(args, "ckpt_path")
+    if args.ckpt_path:
+        adopt_settings(args)
+    require(args, "DR")
+    rank, world = join_processes(args)
+    model = VAE_Model(args)
+    model.rank, model.world = rank, world
+    model.load_checkpoint()
+    if args.test:
+        psnr = model.eval()
+        root = Path(args.save_root)
+        model.write_validation(root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
+        model.say(f"validation PSNR mean {psnr:.2f} min {min(model.psnr_per_frame):.2f} last {model.psnr_per_frame[-1]:.2f} dB, in {root}")
+    elif model.current_epoch >= args.num_epoch:
+        model.say(f"{args.ckpt_path}: all {args.num_epoch} epochs are done; a larger --num_epoch trains on")
+    else:
+        model.training_stage()
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    console.run(main)
