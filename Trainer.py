@@ -24,18 +24,17 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import console
-from checkpoints import (HISTORY, NETWORKS, atomic, load_weights, locked, make_folder, read_checkpoint, sizes,
-                         sweep_leftovers, write_checkpoint, write_csv)
 from console import Stopped, UserError, progress
 from dataloader import Dataset_Dance, Frames, WindowLoader, cache_folder, decode, find_clips, frame_transform
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
+from records import (HISTORY, NETWORKS, check_save_root, load_weights, locked, log_to_tensorboard, make_folder, open_tensorboard,
+                     plot_psnr, read_checkpoint, sizes, sweep_leftovers, write_checkpoint, write_csv, write_gif)
 
 CLIP_NORM = 1.0           # gradient norm, the template's
 FAST_LR = 2.0             # how much larger --fast_train's learning rate is, unless --lr is given
@@ -521,7 +520,7 @@ class VAE_Model(nn.Module):
         if dataset.frames is not None:
             return WindowLoader(dataset, args.batch_size, order)
         # a generator of its own: starting a loader must not move the one that training draws from
-        return DataLoader(dataset, args.batch_size, sampler=order, drop_last=True, num_workers=args.num_workers,
+        return DataLoader(dataset, args.batch_size, sampler=order, drop_last=True, num_workers=min(args.num_workers, os.cpu_count() or 1),
                           generator=torch.Generator())
 
     def val_dataloader(self):
@@ -866,7 +865,7 @@ class VAE_Model(nn.Module):
         print(f"saved {path}")
 
     def load_checkpoint(self):
-        """Load --ckpt_path where it is given: ours, the template's, or another's (see `checkpoints.read_checkpoint`).
+        """Load --ckpt_path where it is given: ours, the template's, or another's (see `records.read_checkpoint`).
 
         Sets the weights, args.lr, tfr, current_epoch (the one after the checkpoint's last), kl_annealing and the
         optimizer. A training stage that follows goes on exactly where a checkpoint of ours was written.
@@ -983,55 +982,6 @@ class Clock:
         return self.start_share + (1 - self.start_share) * min(1.0, max(0.0, gone))
 
 
-# ---------------------------------------------------------------- pictures
-
-def write_gif(images, path, duration):
-    """Frames (3, H, W), float in [0, 1], as an endless GIF of `duration` milliseconds a frame, atomically."""
-    pictures = [Image.fromarray(np.rint(image.float().clamp(0, 1).mul(255).cpu().numpy()).astype(np.uint8).transpose(1, 2, 0))
-                for image in images]
-    with atomic(path) as aside:
-        pictures[0].save(aside, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
-
-
-def plot_psnr(psnrs, path):
-    """PSNR per frame as a PNG."""
-    import matplotlib  # slow to import, and not needed before the first picture
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
-    axes.plot(range(1, len(psnrs) + 1), psnrs, color="#0072B2", linewidth=1)
-    axes.axhline(np.mean(psnrs), color="#D55E00", linestyle="--", linewidth=1, label=f"mean {np.mean(psnrs):.2f} dB")
-    axes.set(xlabel="frame", ylabel="PSNR (dB)", title="validation rollout")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    with atomic(path) as aside:
-        figure.savefig(aside, dpi=120, format="png")
-    plt.close(figure)
-
-
-def open_tensorboard(save_root):
-    """A SummaryWriter in save_root/tensorboard. UserError where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: the package is not installed; expected it after pip install tensorboard") from None
-    return SummaryWriter(str(Path(save_root) / "tensorboard"))
-
-
-def log_to_tensorboard(board, row, gif=None):
-    """One epoch's row of the history as scalars, and the validation GIF."""
-    for name, value in row.items():
-        board.add_scalar(name.replace("train_", "train/").replace("val_", "val/"), value, row["epoch"])
-    if gif:  # TensorBoard shows a GIF as it is; add_video would need another package
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        picture = Summary.Image(colorspace=3, encoded_image_string=Path(gif).read_bytes())
-        board.file_writer.add_summary(Summary(value=[Summary.Value(tag="validation", image=picture)]), row["epoch"])
-    board.flush()
-
-
 # ---------------------------------------------------------------- devices
 
 def pick_device(name):
@@ -1117,13 +1067,6 @@ def require(args, *flags):
     for flag in flags:
         if getattr(args, flag) is None:
             raise UserError(f"--{flag}: is missing; expected a path")
-
-
-def check_save_root(path):
-    """UserError where a folder can't be made at `path`, before any long work; makes nothing."""
-    there = next(p for p in [Path(path), *Path(path).absolute().parents] if p.exists() or p.is_symlink())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--save_root {path}: {there} is not a folder that can be written; expected one")
 
 
 def resume_command():

@@ -1,7 +1,7 @@
-"""Files that must survive: atomic writes, the lock on a run's folder, checkpoints of ours and of strangers, history.csv.
+"""What a run leaves on disk: atomic writes, the lock on its folder, checkpoints, history.csv, pictures, TensorBoard.
 
 A checkpoint of ours is one dict of plain types and tensors, so `torch.load(path, weights_only=True)` reads it. Loading
-never runs code from a file. Checkpoints found in the wild are brought into the same shape: see `read_checkpoint`.
+never runs code from a file. Checkpoints of other people are brought into the same shape: see `read_checkpoint`.
 """
 
 import csv
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from console import UserError
 
@@ -40,6 +41,13 @@ def make_folder(path, flag="--save_root"):
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror or error}; expected a folder that can be written") from None
     return Path(path)
+
+
+def check_save_root(path):
+    """UserError where a folder can't be made at `path`, before any long work; makes nothing."""
+    there = next(p for p in [Path(path), *Path(path).absolute().parents] if p.exists() or p.is_symlink())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--save_root {path}: {there} is not a folder that can be written; expected one")
 
 
 @contextmanager
@@ -186,3 +194,52 @@ def load_weights(model, weights, path):
     for name in NETWORKS:
         getattr(model, name).load_state_dict({key[len(name) + 1:]: value for key, value in weights.items()
                                               if key.split(".")[0] == name}, strict=True)
+
+
+# ---------------------------------------------------------------- pictures
+
+def write_gif(images, path, duration):
+    """Frames (3, H, W), float in [0, 1], as an endless GIF of `duration` milliseconds a frame, atomically."""
+    pictures = [Image.fromarray(np.rint(image.float().clamp(0, 1).mul(255).cpu().numpy()).astype(np.uint8).transpose(1, 2, 0))
+                for image in images]
+    with atomic(path) as aside:
+        pictures[0].save(aside, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+
+
+def plot_psnr(psnrs, path):
+    """PSNR per frame as a PNG."""
+    import matplotlib  # slow to import, and not needed before the first picture
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    axes.plot(range(1, len(psnrs) + 1), psnrs, color="#0072B2", linewidth=1)
+    axes.axhline(np.mean(psnrs), color="#D55E00", linestyle="--", linewidth=1, label=f"mean {np.mean(psnrs):.2f} dB")
+    axes.set(xlabel="frame", ylabel="PSNR (dB)", title="validation rollout")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with atomic(path) as aside:
+        figure.savefig(aside, dpi=120, format="png")
+    plt.close(figure)
+
+
+def open_tensorboard(save_root):
+    """A SummaryWriter in save_root/tensorboard. UserError where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: the package is not installed; expected it after pip install tensorboard") from None
+    return SummaryWriter(str(Path(save_root) / "tensorboard"))
+
+
+def log_to_tensorboard(board, row, gif=None):
+    """One epoch's row of the history as scalars, and the validation GIF."""
+    for name, value in row.items():
+        board.add_scalar(name.replace("train_", "train/").replace("val_", "val/"), value, row["epoch"])
+    if gif:  # TensorBoard shows a GIF as it is; add_video would need another package
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        picture = Summary.Image(colorspace=3, encoded_image_string=Path(gif).read_bytes())
+        board.file_writer.add_summary(Summary(value=[Summary.Value(tag="validation", image=picture)]), row["epoch"])
+    board.flush()

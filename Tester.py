@@ -1,0 +1,213 @@
+"""Roll out the test sequences with a trained checkpoint; write submission.csv and a GIF of each sequence.
+
+    python Tester.py --ckpt_path ckpt/best.ckpt                                  # output in ckpt/test/
+    python Tester.py --DR data --save_root out --ckpt_path ckpt/best.ckpt        # the assignment's command
+
+Sizes, frame shape, output activation and data path come from the checkpoint where no flag is given.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+import console
+from console import UserError, progress
+from dataloader import Dataset_Dance, frame_transform
+from records import atomic, check_save_root, make_folder
+from Trainer import VAE_Model, adopt_settings, require
+
+GIF_TICK = 20  # milliseconds a frame, the template's
+FROM_CHECKPOINT = {"DR", "F_dim", "L_dim", "N_dim", "D_out_dim", "frame_H", "frame_W", "output", "val_vi_len"}
+
+
+# ---------------------------------------------------------------- the submission file
+
+def csv_rows(frames):
+    """Frames (n, 3, H, W) in [0, 1] as the CSV's text without ids: a list of n rows of integers rint(255 * x), channel first."""
+    values = np.rint(255 * frames.double().numpy()).astype(np.uint8).reshape(len(frames), -1)
+    return [",".join(map(str, row)) for row in values.tolist()]
+
+
+def write_submission(path, rows, values):
+    """The Kaggle CSV, atomically: `id` and `values` integers a row, the bytes that pandas would write."""
+    with atomic(path) as aside, open(aside, "w", newline="", encoding="ascii") as file:
+        file.write(",".join(["id", *map(str, range(values))]) + "\n")
+        file.writelines(f"{i},{row}\n" for i, row in enumerate(rows))
+
+
+def check_submission(path, sequences, frames, values):
+    """The rows of a submission as a uint8 array (sequences * frames, values); UserError names the first bad line.
+
+    A submission is a header `id,0,...,{values - 1}` and one row a frame: its id, counted from 0, and whole numbers 0..255.
+    """
+    rows = sequences * frames
+    header = ",".join(["id", *map(str, range(values))]).encode()
+    longest = max(len(header), 24 + 4 * values) + 2  # a longer line has too many columns; never read more of it
+    pixels = np.empty((rows, values), dtype=np.uint8)
+
+    def shown(field):
+        return repr(field[:24].decode("utf-8", "replace")) + ("..." if len(field) > 24 else "")
+
+    def fail(line, what):
+        raise UserError(f"{path}, line {line}: {what}")
+
+    def wrong(line, row, content):
+        """Say what is wrong with a line that is no row."""
+        fields = content.split(b",")
+        if len(fields) != values + 1:
+            fail(line, f"{len(fields)} columns, expected {values + 1} (id and {values} values)")
+        if fields[0] != str(row).encode():
+            fail(line, f"id is {shown(fields[0])}, expected {row}")
+        for column, field in enumerate(fields[1:]):
+            if not field.isdigit() or len(field) > 3 or int(field) > 255:
+                fail(line, f"column {column} is {shown(field)}, expected a whole number from 0 to 255")
+
+    try:
+        with open(path, "rb") as handle:
+
+            def next_line():
+                content = handle.readline(longest)
+                return content, content.removesuffix(b"\n").removesuffix(b"\r")
+
+            raw, content = next_line()
+            if content != header:
+                found = content.split(b",")
+                first = next((i for i, (a, b) in enumerate(zip(found, header.split(b","))) if a != b), None)
+                what = f"has {len(found)} columns" if first is None else f"has {shown(found[first])} as column {first + 1}"
+                fail(1, f"the header {what}, expected id,0,1,...,{values - 1} ({values + 1} columns)")
+            for row in progress(range(rows), desc="checking", unit="row", leave=False):
+                line = row + 2
+                raw, content = next_line()
+                if not raw:
+                    fail(line, f"the file ends after {row} rows, expected {rows} ({sequences} sequences of {frames} frames)")
+                if not content:
+                    fail(line, f"is blank, expected the row with id {row}")
+                if not raw.endswith(b"\n") and len(raw) == longest:
+                    fail(line, f"is longer than {values + 1} columns can be")
+                fields = content.split(b",", 1)
+                if fields[0] != str(row).encode() or len(fields) == 1 or fields[1].translate(None, b"0123456789,"):
+                    wrong(line, row, content)
+                try:
+                    found = bytes(map(int, fields[1].split(b",")))  # bytes() refuses numbers above 255, int() empty fields
+                except ValueError:
+                    found = b""
+                if len(found) != values:
+                    wrong(line, row, content)
+                pixels[row] = np.frombuffer(found, dtype=np.uint8)
+            raw, content = next_line()
+            if raw:
+                line = rows + 2
+                fail(line, f"more than {rows} rows, expected the end of the file" if content else "is blank, expected the end of the file")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})")
+    return pixels
+
+
+# ---------------------------------------------------------------- the model that is tested
+
+class Test_model(VAE_Model):
+    """A VAE_Model that rolls out the test sequences: its `eval` writes the submission and the GIFs into save_root."""
+
+    @staticmethod
+    def flags():
+        return build_parser()
+
+    def val_dataloader(self):
+        """The test sequences one by one: first frame (1, 1, 3, H, W) and poses (1, val_vi_len, 3, H, W)."""
+        args = self.args
+        dataset = Dataset_Dance(args.DR, frame_transform(args.frame_H, args.frame_W), "test", args.val_vi_len)
+        for _, labels in dataset.sequences:
+            if len(labels) != args.val_vi_len:
+                raise UserError(f"{labels[0].parent}: holds {len(labels)} poses; expected {args.val_vi_len} (--val_vi_len)")
+        return DataLoader(dataset, 1, num_workers=min(args.num_workers, len(dataset), os.cpu_count() or 1),
+                          generator=torch.Generator())
+
+    def val_one_step(self, img, label, idx=0):
+        """Roll out a batch of sequences from img (S, 1, 3, H, W) and label (S, T, 3, H, W). idx: the first one's number.
+
+        Returns the frames (S, T, 3, H, W) in [0, 1], the given first frame included, and the CSV's rows of each sequence.
+        """
+        first = img[:, 0].clamp(0, 1)
+        rows = [[] for _ in first]
+        with ThreadPoolExecutor(1) as writer:  # text is made while the network goes on
+            def write(frames):
+                for own, sequence in zip(rows, frames):
+                    own.extend(csv_rows(sequence))
+
+            jobs = [writer.submit(write, first[:, None])]
+
+            def look(done, frames):
+                jobs.append(writer.submit(write, frames))
+                self.tqdm_bar("test", self.bar, done, advance=frames.shape[1])
+
+            generated = self.rollout(first, label, look)
+        for job in jobs:
+            job.result()
+        return torch.cat([first[:, None].cpu(), generated], 1), rows
+
+    def tqdm_bar(self, mode, pbar, loss, lr=0.0, advance=1):
+        if pbar is not None:
+            pbar.update(advance)
+
+    def eval(self):
+        """Roll out all test sequences together; write submission.csv and the GIFs. Returns the frames (S, T, 3, H, W)."""
+        args = self.args
+        loader = self.val_dataloader()
+        total = len(loader.dataset) * args.val_vi_len
+        pairs = list(progress(loader, desc="reading poses", unit="sequence", leave=False))
+        img, label = (torch.cat(parts) for parts in zip(*pairs))
+        with progress(total=args.val_vi_len - 1, desc=f"testing {len(pairs)} sequences", unit="frame") as self.bar:
+            frames, rows = self.val_one_step(img, label)
+
+        root = make_folder(args.save_root)
+        with ThreadPoolExecutor(2) as writers:
+            jobs = [writers.submit(self.make_gif, sequence, root / f"pred_seq{i}.gif") for i, sequence in enumerate(frames)]
+            if args.make_gif:
+                jobs += [writers.submit(self.make_gif, torch.cat([poses, sequence], 3), root / f"pose_pred_seq{i}.gif")
+                         for i, (poses, sequence) in enumerate(zip(label, frames))]
+            write_submission(root / "submission.csv", [row for sequence in rows for row in sequence], frames[0, 0].numel())
+        for job in jobs:
+            job.result()
+        if not args.no_sanity:
+            written = check_submission(root / "submission.csv", len(frames), args.val_vi_len, frames[0, 0].numel())
+            if not np.array_equal(written.reshape(total, -1), np.rint(255 * frames.double().numpy()).reshape(total, -1)):
+                raise RuntimeError(f"{root / 'submission.csv'} does not hold the frames that were generated")
+        return frames
+
+    def make_gif(self, images_list, img_name, duration=GIF_TICK):
+        """Write frames (3, H, W) in [0, 1] as a GIF, 20 ms each. Pillow merges equal neighbours."""
+        super().make_gif(images_list, img_name, duration)
+
+
+# ---------------------------------------------------------------- the command line
+
+def build_parser():
+    """The flags of Tester.py."""
+    parser = console.build_parser("Tester.py", "Roll out the test sequences and write the submission.")
+    parser.add_argument("--no_sanity", action="store_true", help="skip the check of submission.csv after writing it")
+    parser.add_argument("--make_gif", action="store_true", help="also write pose_pred_seq{i}.gif, the poses beside the frames")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    require(args, "ckpt_path")
+    adopt_settings(args, FROM_CHECKPOINT)
+    require(args, "DR")
+    if args.save_root is None:
+        args.save_root = str(Path(args.ckpt_path).parent / "test")
+    check_save_root(args.save_root)
+    model = Test_model(args)
+    model.load_checkpoint()
+    console.say(f"{args.device}, {model.precision_reason}")
+    frames = model.eval()
+    console.say(f"{Path(args.save_root) / 'submission.csv'}: {frames.shape[0] * frames.shape[1]} rows; "
+                f"pred_seq0.gif to pred_seq{len(frames) - 1}.gif beside it")
+
+
+if __name__ == "__main__":
+    console.run(main)
