@@ -1,0 +1,135 @@
+"""Run named settings of the recipe at equal budget, and compare their validation rollouts.
+
+    python scripts/ablate.py DATA OUT --frames 2500                       # every setting, the same number of training frames
+    python scripts/ablate.py DATA OUT --minutes 8 pool template           # two settings, the same wall-clock on an idle machine
+    python scripts/ablate.py DATA OUT --frames 2500 --seeds 0 1 2 pool no_ema
+
+Each run lands in OUT/{setting}_s{seed}_{budget}/; a run that is there and done is not run again. After every run its
+curve (one row an epoch) is appended to --csv, docs/ablation.csv by default, so the work can be taken up again.
+"""
+
+import csv
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from console import Parser, UserError, number, progress, run, say  # noqa: E402
+from dataloader import list_pairs  # noqa: E402
+from records import read_checkpoint  # noqa: E402
+
+# name: the flags in which a setting differs from the recommended command
+SETTINGS = {
+    "pool": [],
+    "template": ["--recipe", "template"],
+    "no_ema": ["--ema", "0"],
+    "ema_0.99": ["--ema", "0.99"],
+    "ema_0.9995": ["--ema", "0.9995"],
+    "batch_2": ["--batch_size", "2"],
+    "batch_8": ["--batch_size", "8"],
+    "lanes_16": ["--pool", "16"],
+    "lanes_256": ["--pool", "256"],
+    "restart_0": ["--tfr", "0"],
+    "restart_0.1": ["--tfr", "0.1"],
+    "always_truth": ["--tfr", "1"],
+    "next_0": ["--next_share", "0"],
+    "next_1": ["--next_share", "1"],
+    "window_3": ["--train_vi_len", "3"],
+    "window_5": ["--train_vi_len", "5"],
+    "lr_3.5e-4": ["--lr", "3.5e-4"],
+    "lr_1.4e-3": ["--lr", "1.4e-3"],
+    "kl_1e-5": ["--kl_weight", "1e-5"],
+    "kl_1e-3": ["--kl_weight", "1e-3"],
+    "kl_cyclical": ["--kl_anneal_type", "Cyclical"],
+    "kl_monotonic": ["--kl_anneal_type", "Monotonic"],
+    "sigmoid": ["--output", "sigmoid"],
+    "z_zero": ["--z", "zero"],
+}
+COLUMNS = ("setting", "seed", "budget", "machine", "epoch", "frames", "minutes", "psnr_mean", "psnr_min", "psnr_last")
+
+
+def budget_flags(args, frames_in_data):
+    """The Trainer's flags for the budget, and its name."""
+    if args.minutes:
+        return ["--max_minutes", str(args.minutes)], f"{args.minutes:g}min"
+    epochs = max(args.points, -(-args.frames // frames_in_data))
+    return ["--num_epoch", str(epochs), "--partial", str(min(1.0, args.frames / epochs / frames_in_data))], f"{args.frames}frames"
+
+
+def curve(folder, setting, seed, budget):
+    """Rows of COLUMNS from a run's history.csv."""
+    frames = seconds = 0.0
+    rows = []
+    with open(folder / "history.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            seconds += float(row["seconds"])
+            frames += float(row["seconds"]) * float(row["frames_per_second"])
+            rows.append(dict(zip(COLUMNS, (
+                setting, seed, budget, f"{platform.machine()} {platform.processor() or 'cpu'}".strip(), row["epoch"], round(frames),
+                round(seconds / 60, 1), *(round(float(row[f"val_psnr_{kind}"]), 2) for kind in ("mean", "min", "last"))))))
+    return rows
+
+
+def done(folder):
+    """Whether a run's last epoch is behind it."""
+    last = folder / "last.ckpt"
+    if not last.exists():
+        return False
+    checkpoint = read_checkpoint(last)
+    return checkpoint["last_epoch"] + 1 >= checkpoint["args"]["num_epoch"]
+
+
+def append(path, rows):
+    """Add rows to the CSV of results, its header first where it is new."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def build_parser():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("data", metavar="DATA", help="data folder")
+    parser.add_argument("out", metavar="OUT", help="folder that the runs land in")
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"settings to run (none: all of {', '.join(SETTINGS)})")
+    parser.add_argument("--frames", type=number(int, 1), help="budget: frames to train on")
+    parser.add_argument("--minutes", type=number(float, 0, above=True), help="budget: minutes of wall-clock, validation included")
+    parser.add_argument("--points", type=number(int, 1), default=2, help="with --frames: validations along the way")
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0], help="a run for each seed")
+    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "ablation.csv", help="where results are added")
+    return parser
+
+
+def main():
+    args, flags = build_parser().parse_known_args()
+    unknown = [name for name in args.settings if name not in SETTINGS]
+    if unknown:
+        raise UserError(f"SETTING {unknown[0]}: expected one of {', '.join(SETTINGS)}")
+    if (args.frames is None) == (args.minutes is None):
+        raise UserError("--frames or --minutes: expected exactly one of them")
+    budget, name = budget_flags(args, len(list_pairs(args.data, "train")[0]))
+    runs = [(setting, seed) for setting in args.settings or SETTINGS for seed in args.seeds]
+    results = []
+    for setting, seed in progress(runs, desc="runs", unit="run"):
+        folder = Path(args.out) / f"{setting}_s{seed}_{name}"
+        if not done(folder):
+            command = [sys.executable, str(ROOT / "Trainer.py"), "--DR", args.data, "--save_root", str(folder), "--seed", str(seed),
+                       "--resume", *budget, *SETTINGS[setting], *flags]
+            if subprocess.run(command).returncode:
+                raise UserError(f"{folder}: the run did not end well; expected exit status 0 from {' '.join(command[1:])}")
+            append(args.csv, curve(folder, setting, seed, name))
+        results.append((setting, seed, curve(folder, setting, seed, name)))
+    say(f"\n{'setting':14} seed   mean    min   last   curve of the mean ({name})")
+    for setting, seed, rows in sorted(results, key=lambda result: -result[2][-1]["psnr_mean"]):
+        end = rows[-1]
+        say(f"{setting:14} {seed:4} {end['psnr_mean']:6.2f} {end['psnr_min']:6.2f} {end['psnr_last']:6.2f}   "
+            + " ".join(f"{row['psnr_mean']:.1f}" for row in rows))
+
+
+if __name__ == "__main__":
+    run(main)
