@@ -582,7 +582,10 @@ class VAE_Model(nn.Module):
             try:
                 while self.current_epoch < self.args.num_epoch:
                     self.train_epoch()
+                    began = time.monotonic()
                     psnr = self.eval() if self.rank == 0 else 0.0
+                    if self.clock:
+                        self.clock.leave(self.from_rank_0(time.monotonic() - began))
                     self.end_epoch(psnr)
             except Stopped:
                 self.write(["last.ckpt"])
@@ -599,7 +602,7 @@ class VAE_Model(nn.Module):
         with progress(total=None if last_fitted else steps, initial=self.step, unit="step", leave=False,
                       disable=self.rank > 0, desc=f"train {self.current_epoch}/{self.args.num_epoch}") as bar:
             while True:
-                for img, label, flags in self.batches(self.step):
+                for img, label, flags in self.batches(self.step % steps if last_fitted else self.step):
                     self.learning_rate_sum += self.optim.param_groups[0]["lr"]
                     loss = self.training_one_step(img, label, flags)
                     if self.pool is not None:
@@ -617,9 +620,8 @@ class VAE_Model(nn.Module):
                     self.stop_if_asked()
                     if self.clock and self.clock.over():
                         return
-                if not last_fitted:
+                if not last_fitted:  # where time is left in a run fitted to it, the last epoch goes round again
                     return
-                self.step = 0  # time is left in a run that was fitted to it: the last epoch goes round again
 
     def end_epoch(self, psnr):
         """Record the epoch that was trained and validated, go on to the next, and write the files."""
@@ -632,6 +634,7 @@ class VAE_Model(nn.Module):
         self.teacher_forcing_ratio_update()
         self.reset_totals()
         self.scheduler.step()
+        self.agree()
         if self.clock and self.clock.over():
             self.args.num_epoch = self.current_epoch
         names = ["best.ckpt"] * best + [f"epoch={epoch}.ckpt"] * (epoch % self.args.per_save == 0) + ["last.ckpt"]
@@ -790,10 +793,10 @@ class VAE_Model(nn.Module):
         with self.validated_weights():
             weights = self.network_state()
         state = self.training_state()
-        averaged = self.ema is not None or self.poses is not None
+        raw = {"train_state_dict": state.pop("weights")}
         return {
             "state_dict": weights,
-            **({"train_state_dict": state.pop("weights")} if averaged else {}),
+            **(raw if self.ema is not None or self.poses is not None else {}),
             "optimizer": state.pop("optimizer"),
             "lr": self.optim.param_groups[0]["lr"],
             "tfr": self.tfr,
@@ -880,6 +883,9 @@ class VAE_Model(nn.Module):
         self.current_epoch = int(loaded["last_epoch"]) + 1 if loaded.get("last_epoch") is not None else 0
         self.kl_annealing = kl_annealing(self.args, current_epoch=self.current_epoch)
         self.new_optimizer()
+        # a stranger's lr is that of its last epoch; ours is restored with the scheduler when training goes on
+        self.scheduler.base_lrs = [self.base_lr if self.args.schedule == "cosine" else
+                                   self.args.lr / learning_rate_factor(self.args, self.current_epoch, 0)]
         if loaded["optimizer"] and self.optim.state_dict()["param_groups"][0]["params"] == loaded["optimizer"]["param_groups"][0]["params"]:
             self.optim.load_state_dict(loaded["optimizer"])
         if "resume" in loaded:
@@ -1043,7 +1049,7 @@ def build_parser():
 
 # flags that say how and where to run, not what to train: a checkpoint never decides them
 OF_THE_MACHINE = {"save_root", "device", "gpu", "num_workers", "no_cache", "cache_dir", "ckpt_path", "resume", "test", "per_save",
-                  "save_every_steps", "max_minutes", "tensorboard", "store_visualization", "no_compile", "recipe"}
+                  "save_every_steps", "max_minutes", "tensorboard", "store_visualization", "no_compile"}
 
 
 def adopt_settings(args, names=None):
@@ -1055,6 +1061,8 @@ def adopt_settings(args, names=None):
     settings = {**sizes(loaded), **{k: v for k, v in loaded["args"].items() if k in vars(args)}} if isinstance(
         loaded.get("args"), dict) else sizes(loaded)
     names = settings.keys() - OF_THE_MACHINE if names is None else names & settings.keys()
+    if "recipe" in args.given and settings.get("recipe") != args.recipe:
+        names = names - console.RECIPES["pool"].keys()  # another recipe was asked for: what it sets stays
     for name in sorted(names):
         if name not in args.given:
             setattr(args, name, settings[name])
