@@ -1,4 +1,41 @@
+"""What the tests share: the repository on the path, a tiny data set, tiny sizes, and a way to run a command."""
+
+import os
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# flags that make a run take a second
+TINY = ["--frame_H", "16", "--frame_W", "32", "--F_dim", "16", "--L_dim", "8", "--N_dim", "4", "--D_out_dim", "16",
+        "--val_vi_len", "20", "--num_epoch", "2", "--device", "cpu", "--precision", "fp32"]
+
+
+def run_cli(script, *args, timeout=120, **options):
+    """`python script args...` as a CompletedProcess with text; script is relative to the repository."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
+                          timeout=timeout, env=environment, **options)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Demo data: 64 training frames in four clips, 20 to validate, five test sequences of 20 poses. Not to be changed."""
+    out = tmp_path_factory.mktemp("data") / "tiny"
+    done = run_cli("scripts/make_demo_data.py", out, "--train_frames", 64, "--sequence_frames", 20)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data, tmp_path_factory):
+    """The folder of a finished run of two epochs on `tiny_data`. Not to be changed."""
+    import Trainer
+
+    folder = tmp_path_factory.mktemp("run") / "ckpt"
+    Trainer.main(["--DR", str(tiny_data), "--save_root", str(folder), *TINY])
+    return folder
