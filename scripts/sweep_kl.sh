@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Train with KL annealing Cyclical, Monotonic and None, all else equal, then draw the figures and write OUT/report.html.
+#
+#   bash scripts/sweep_kl.sh DATA OUT [--jobs N] [any Trainer flags]
+#   bash scripts/sweep_kl.sh data runs_kl --recipe template --fast_train --num_epoch 20
+#
+# Called again, it skips the runs that are done and goes on where it was. Details: scripts/sweep.py.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+  python=$root/.venv/bin/python
+  [ -x "$python" ] || python=python3
+fi
+exec "$python" "$root/scripts/sweep.py" kl "$@"

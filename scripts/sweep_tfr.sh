@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Train with four teacher forcing strategies (always, decay_late, decay_early, never), all else equal, then draw the figures
+# and write OUT/report.html. The decays fit --num_epoch (default 70).
+#
+#   bash scripts/sweep_tfr.sh DATA OUT [--jobs N] [any Trainer flags]
+#   bash scripts/sweep_tfr.sh data runs_tfr --recipe template --fast_train --num_epoch 20
+#
+# Called again, it skips the runs that are done and goes on where it was. Details: scripts/sweep.py.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+  python=$root/.venv/bin/python
+  [ -x "$python" ] || python=python3
+fi
+exec "$python" "$root/scripts/sweep.py" tfr "$@"

@@ -1,0 +1,263 @@
+"""scripts/make_report.py through its command line; the page in a headless Chromium where there is one."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_figures import ROOT, command, made_up_frame, make_gif, make_run, refused
+
+SECTIONS = ["A. Introduction", "B.i ", "B.ii ", "B.iii ", "B.iv ", "C.i ", "C.ii ", "C.iii ", "C.iv "]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+FRAMES = 45
+
+
+def save_settings(run, **settings):
+    import torch
+    torch.save({"state_dict": {}, "last_epoch": 1, "args": {"num_epoch": 2, "seed": 0, "tfr": 1.0, "save_root": str(run), **settings}}, run / "last.ckpt")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A report of three runs with frames and settings, made once: its folder."""
+    root = tmp_path_factory.mktemp("report")
+    runs = []
+    for kind in ("Cyclical", "Monotonic", "<None> & co"):
+        runs.append(make_run(root / kind, kind, epochs=8, frames=FRAMES, gif=True))
+        save_settings(runs[-1], kl_anneal_type=kind, DR="/some/where/dance")
+    result = command("make_report.py", *runs, "-o", root / "out")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return root / "out"
+
+
+def test_sections_of_the_rubric_and_room_for_analysis(report):
+    page, text = (report / "report.html").read_text(), (report / "report.md").read_text()
+    for section in SECTIONS:
+        assert f">{section}" in page and re.search(f"^##+ {re.escape(section)}", text, re.M), section
+    assert page.count('class="analysis"') == text.count("**Your analysis:**") == 9
+
+
+def test_the_page_loads_nothing_and_is_small(report):
+    page = (report / "report.html").read_text()
+    assert len(page) < 10e6
+    links = re.findall(r'(?:src|href|action|data)\s*=\s*"([^"]*)"|url\(([^)]*)\)|@import', page)
+    assert all(a.startswith("data:") for a, _ in links) and links
+    assert set(re.findall(r"https?://[^\s\"']+", page)) <= {"http://www.w3.org/2000/svg"}  # a name, not an address
+
+
+def test_settings_that_differ_and_that_are_equal(report):
+    text = (report / "report.md").read_text()
+    differs, equal = text.split("What differs between the runs:")[1].split("What is equal in all runs:")
+    assert "`--kl_anneal_type`" in differs and "`--seed`" not in differs
+    assert "`--seed`" in equal.split("## A.")[0] and "`--kl_anneal_type`" not in equal.split("## A.")[0]
+    assert "/some/where" not in text and "`--save_root`" not in text
+
+
+def test_pictures_of_the_markdown_are_there(report):
+    names = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (report / "report.md").read_text())
+    assert len(names) == 5 + 3 and all((report / name).is_file() for name in names)
+
+
+def test_functions_are_named_where_they_stand(report):
+    text = (report / "report.md").read_text()
+    line = int(re.search(r"`Gaussian_Predictor.reparameterize` \(modules/modules.py, line (\d+)\)", text)[1])
+    assert "def reparameterize" in (ROOT / "modules" / "modules.py").read_text().splitlines()[line - 1]
+
+
+def test_merged_neighbours_of_the_gif_are_counted_again(tmp_path):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import make_report
+    make_gif(tmp_path / "a.gif", 31)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames < 31
+    frames = make_report.read_rollout(tmp_path / "a.gif")
+    assert frames.shape == (31, 32, 192, 3)
+    for t in (0, 1, 2, 15, 16, 30):
+        assert abs(frames[t].astype(int) - to_array(made_up_frame(t))).mean() < 8
+
+
+def to_array(picture):
+    return np.asarray(picture).astype(int)
+
+
+def test_what_has_no_data_is_left_out_and_said(tmp_path):
+    bare = make_run(tmp_path / "bare", epochs=1, psnr=False)
+    result = command("make_report.py", bare, "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    text, page = (tmp_path / "out" / "report.md").read_text(), (tmp_path / "out" / "report.html").read_text()
+    for said in ("Settings of bare are not known", "psnr_per_frame: left out", "bare has no val_pred.gif"):
+        assert said in text and said in page
+    assert 'id="player"' not in page and "psnr_per_frame.png" not in text
+
+    other = make_run(tmp_path / "other", epochs=1, frames=40)
+    make_gif(other / "val_pred.gif", 20)
+    result = command("make_report.py", other, "-o", tmp_path / "out2")
+    assert result.returncode == 0 and "not of the same rollout" in result.stdout
+
+
+def test_text_of_the_writer_survives_a_second_report(tmp_path):
+    run, out = make_run(tmp_path / "a", epochs=1, frames=3), tmp_path / "out"
+    assert command("make_report.py", run, "-o", out).returncode == 0
+    text = (out / "report.md").read_text()
+    marker = text.index("(write here)", text.index("your analysis C.i:")) - 1
+    (out / "report.md").write_text(text[:marker] + "The loss & its <jump>.\n\nTwo lines." + text[marker + len("*(write here)*"):])
+    page = (out / "report.html").read_text()
+    (out / "report.html").write_text(page.replace('<html lang="en">', '<html lang="en" data-edited="1">'))
+    result = command("make_report.py", run, "-o", out)
+    assert result.returncode == 0, result.stderr
+    assert "The loss & its <jump>.\n\nTwo lines." in (out / "report.md").read_text()
+    assert "The loss &amp; its &lt;jump&gt;.\n\nTwo lines.</div>" in (out / "report.html").read_text()
+    assert "data-edited" in (out / "report_edited_1.html").read_text()[:200] and "report_edited_1.html" in result.stdout
+
+
+def test_user_errors_are_one_line_and_write_nothing(tmp_path):
+    run, out = make_run(tmp_path / "a", epochs=1, frames=3), tmp_path / "out"
+    refused(command("make_report.py", tmp_path / "absent", "-o", out), "absent")
+    (run / "last.ckpt").write_bytes(b"PK nothing")
+    refused(command("make_report.py", run, "-o", out), "last.ckpt")
+    (run / "last.ckpt").unlink()
+    (run / "val_pred.gif").write_bytes(b"GIF89a")
+    refused(command("make_report.py", run, "-o", out), "val_pred.gif")
+    (run / "val_pred.gif").unlink()
+    (run / "history.csv").write_text("epoch\n")
+    refused(command("make_report.py", run, "-o", out), "history.csv")
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------- in a browser
+
+@contextmanager
+def browser(folder, url):
+    """A page in headless Chromium, through chromedriver's plain HTTP: gives call(method, path, body)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the machine is not for 127.0.0.1
+
+    def call(method, path, body=None):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", method=method, data=None if body is None else json.dumps(body).encode())
+        with direct.open(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    session = None
+    try:
+        for _ in range(100):
+            try:
+                call("GET", "/status")
+                break
+            except OSError:
+                time.sleep(0.1)
+        flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+                 "--disable-component-update --disable-sync --window-size=1100,1000").split()
+        options = {"binary": CHROMIUM, "args": [*flags, f"--user-data-dir={folder / 'profile'}"]}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        session = "/session/" + call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        call("POST", session + "/url", {"url": url})
+        yield lambda method, path, body=None: call(method, session + path, body)
+    finally:
+        if session:
+            call("DELETE", session)
+        driver.terminate()
+        driver.wait(timeout=20)
+
+
+LOOK = """
+const canvas = document.querySelectorAll('#player canvas');
+const cursor = document.getElementById('cursor'), box = document.getElementById('plot').getBoundingClientRect();
+return {frame: +document.getElementById('frame').value, said: document.getElementById('where').textContent,
+        cursor: +cursor.getAttribute('x1'), readouts: [...document.querySelectorAll('#player output')].map(o => o.textContent),
+        pictures: [...canvas].map(c => c.toDataURL()), box: [box.left, box.top, box.width, box.height]};
+"""
+
+
+def mean_difference(url, picture):
+    shown = to_array(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
+    return abs(shown - to_array(picture)).mean()
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+def test_slider_arrows_and_plot_move_frame_and_cursor_together(report, tmp_path):
+    psnr = {}
+    for name in ("Cyclical", "Monotonic"):
+        lines = (report.parent / name / "psnr_per_frame.csv").read_text().splitlines()[1:]
+        psnr[name] = {int(line.split(",")[0]): float(line.split(",")[1]) for line in lines}
+
+    with browser(tmp_path, (report / "report.html").as_uri()) as call:
+        script = lambda text: call("POST", "/execute/sync", {"script": text, "args": []})
+        until = time.monotonic() + 20
+        while script("return document.getElementById('player').dataset.ready") != "1":
+            assert time.monotonic() < until, "the player did not start"
+            time.sleep(0.1)
+
+        def expect(frame):
+            seen = script(LOOK)
+            assert seen["frame"] == frame and seen["said"].startswith(f"frame {frame} of {FRAMES}")
+            # frames 0 (given) to FRAMES lie evenly between the plot's margins
+            assert seen["cursor"] == pytest.approx(46 + (960 - 46 - 12) * frame / FRAMES, abs=0.01)
+            assert seen["readouts"][0] == (f"{psnr['Cyclical'][frame]:.2f} dB" if frame else "\u2013")
+            width = made_up_frame(frame).width // 3
+            for part, url in enumerate(seen["pictures"]):
+                own = mean_difference(url, made_up_frame(frame).crop((part * width, 0, (part + 1) * width, 32)))
+                other = mean_difference(url, made_up_frame(frame + 7).crop((part * width, 0, (part + 1) * width, 32)))
+                assert own < 8 and own < other, f"picture {part} is not of frame {frame}"
+            return seen
+
+        def keys(*names):
+            actions = [{"type": kind, "value": name} for name in names for kind in ("keyDown", "keyUp")]
+            call("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
+
+        left, right, home = "\ue012", "\ue014", "\ue011"
+        expect(1)
+        script("const s = document.getElementById('frame'); s.value = 30; s.dispatchEvent(new Event('input'))")
+        expect(30)
+        keys(right, right)     # the page has the keyboard
+        expect(32)
+        keys(left)
+        expect(31)
+        script("document.getElementById('frame').focus()")
+        keys(left)             # the slider has it: one step, not two
+        expect(30)
+        keys(home)
+        expect(0)
+
+        script("document.getElementById('plot').scrollIntoView({block: 'center'})")
+        box = expect(0)["box"]
+        at = round(box[0] + box[2] * (46 + (960 - 46 - 12) * 20 / FRAMES) / 960), round(box[1] + box[3] / 2)
+        call("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [
+            {"type": "pointerMove", "x": at[0], "y": at[1]}, {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]}]})
+        expect(20)
+
+        script("document.getElementById('play').click()")
+        time.sleep(0.5)
+        script("document.getElementById('play').click()")
+        paused = script(LOOK)["frame"]
+        assert paused != 20
+        time.sleep(0.3)
+        expect(paused)
+
+        script("document.querySelectorAll('#player input[type=radio]')[1].click()")
+        assert script(LOOK)["readouts"][1] == f"{psnr['Monotonic'][paused]:.2f} dB"
+
+        # the writer's text: typed, kept by Save a copy, and the arrows there move no frame
+        script("document.querySelector('.analysis[data-key=\"C.i\"]').focus()")
+        keys("h", "i", left)
+        assert script("return document.querySelector('.analysis[data-key=\"C.i\"]').textContent") == "hi"
+        assert script(LOOK)["frame"] == paused
+        assert 'data-edited="1"' in script("return document.documentElement.outerHTML.slice(0, 200)")
+        assert script("return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length") == 0
+        problems = [entry["message"] for entry in call("POST", "/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
+        assert not problems
+        script("window.onbeforeunload = null; unsaved = false")
