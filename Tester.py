@@ -6,7 +6,6 @@
 Sizes, frame shape, output activation and data path come from the checkpoint where no flag is given.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import console
 from console import UserError, progress
-from dataloader import Dataset_Dance, frame_transform
+from dataloader import Dataset_Dance, decode, frame_transform, to_float
 from records import atomic, check_save_root, make_folder
 from Trainer import VAE_Model, adopt_settings, require
 
@@ -123,8 +122,11 @@ class Test_model(VAE_Model):
         for _, labels in dataset.sequences:
             if len(labels) != args.val_vi_len:
                 raise UserError(f"{labels[0].parent}: holds {len(labels)} poses; expected {args.val_vi_len} (--val_vi_len)")
-        return DataLoader(dataset, 1, num_workers=min(args.num_workers, len(dataset), os.cpu_count() or 1),
-                          generator=torch.Generator())
+        # threads, not worker processes: 630 poses of every sequence don't fit the shared memory of a small container
+        paths = [path for first, labels in dataset.sequences for path in (first, *labels)]
+        pictures = decode(paths, args.frame_H, args.frame_W, args.num_workers, desc="reading poses")
+        sequences = to_float(torch.from_numpy(pictures)).unflatten(0, (len(dataset), 1 + args.val_vi_len))
+        return DataLoader([(sequence[:1], sequence[1:]) for sequence in sequences], 1)
 
     def val_one_step(self, img, label, idx=0):
         """Roll out a batch of sequences from img (S, 1, 3, H, W) and label (S, T, 3, H, W). idx: the first one's number.
@@ -158,9 +160,8 @@ class Test_model(VAE_Model):
         args = self.args
         loader = self.val_dataloader()
         total = len(loader.dataset) * args.val_vi_len
-        pairs = list(progress(loader, desc="reading poses", unit="sequence", leave=False))
-        img, label = (torch.cat(parts) for parts in zip(*pairs))
-        with progress(total=args.val_vi_len - 1, desc=f"testing {len(pairs)} sequences", unit="frame") as self.bar:
+        img, label = (torch.cat(parts) for parts in zip(*loader))
+        with progress(total=args.val_vi_len - 1, desc=f"testing {len(img)} sequences", unit="frame") as self.bar:
             frames, rows = self.val_one_step(img, label)
 
         root = make_folder(args.save_root)

@@ -27,11 +27,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 
 import console
 from console import Stopped, UserError, progress
-from dataloader import Dataset_Dance, Frames, WindowLoader, cache_folder, decode, find_clips, frame_transform
+from dataloader import Dataset_Dance, Frames, PictureLoader, WindowLoader, decode, find_clips, frame_transform
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 from records import (HISTORY, NETWORKS, check_save_root, load_weights, locked, log_to_tensorboard, make_folder, open_tensorboard,
                      plot_psnr, read_checkpoint, sizes, sweep_leftovers, write_checkpoint, write_csv, write_gif)
@@ -500,8 +499,7 @@ class VAE_Model(nn.Module):
         cache = self.__dict__.setdefault("_frames", {})
         if mode not in cache:
             args = self.args
-            folder = cache_folder(args.DR, args.cache_dir)
-            cache[mode] = Frames(args.DR, mode, args.frame_H, args.frame_W, folder, args.num_workers).to(self.device)
+            cache[mode] = Frames(args.DR, mode, args.frame_H, args.frame_W, args.cache_dir, args.num_workers).to(self.device)
         return cache[mode]
 
     def dataset(self, mode, video_len, partial=1.0):
@@ -519,16 +517,14 @@ class VAE_Model(nn.Module):
         order = order[skip * args.batch_size:]
         if dataset.frames is not None:
             return WindowLoader(dataset, args.batch_size, order)
-        # a generator of its own: starting a loader must not move the one that training draws from
-        return DataLoader(dataset, args.batch_size, sampler=order, drop_last=True, num_workers=min(args.num_workers, os.cpu_count() or 1),
-                          generator=torch.Generator())
+        return PictureLoader(dataset, args.batch_size, sampler=order, drop_last=True, num_workers=min(args.num_workers, os.cpu_count() or 1))
 
     def val_dataloader(self):
         """Batches of one validation sequence of val_vi_len frames."""
         dataset = self.dataset("val", self.args.val_vi_len)
         if dataset.frames is not None:
             return WindowLoader(dataset, 1)
-        return DataLoader(dataset, 1, num_workers=min(1, self.args.num_workers), generator=torch.Generator())
+        return PictureLoader(dataset, 1, num_workers=min(1, self.args.num_workers))
 
     def steps_in(self, epoch):
         """Training steps of an epoch on this rank."""

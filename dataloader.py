@@ -13,21 +13,25 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import secrets
+import signal
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from console import UserError, progress
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 MAX_PIXELS = 64_000_000  # a picture that claims more is a mistake or an attack (a 30 KB PNG can claim 10 GB)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # said by read_picture, in one line
 
 
 # ---------------------------------------------------------------- pictures
@@ -69,12 +73,14 @@ def list_pictures(folder):
     """The pictures of a folder, in the order of the integers in their names. Hidden and other files are passed over."""
     folder = Path(folder)
     try:
-        entries = [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+        with os.scandir(folder) as entries:  # a link that points nowhere is kept, and named when it can't be read
+            paths = [folder / entry.name for entry in entries if not entry.name.startswith(".") and not entry.is_dir()
+                     and (entry.is_file() or entry.is_symlink())]
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}; expected a folder of pictures") from None
     numbered = {}
-    for path in entries:
-        if path.suffix.lower() not in PICTURES or path.is_dir():
+    for path in sorted(paths):
+        if path.suffix.lower() not in PICTURES:
             continue
         other = numbered.setdefault(picture_number(path), path)
         if other != path:
@@ -89,7 +95,7 @@ def list_pairs(root, mode):
     frames = list_pictures(Path(root) / mode / f"{mode}_img")
     labels = list_pictures(Path(root) / mode / f"{mode}_label")
     frame_numbers, label_numbers = ({picture_number(p): p for p in paths} for paths in (frames, labels))
-    for number in frame_numbers.keys() ^ label_numbers.keys():
+    for number in sorted(frame_numbers.keys() ^ label_numbers.keys()):
         if number in frame_numbers:
             raise UserError(f"{frame_numbers[number]}: has no pose picture; expected {labels[0].parent / frame_numbers[number].name}")
         raise UserError(f"{label_numbers[number]}: has no frame; expected {frames[0].parent / label_numbers[number].name}")
@@ -135,7 +141,8 @@ def decode(paths, frame_H, frame_W, workers=4, out=None, desc="decoding"):
 
     with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow releases the GIL while it decodes and resizes
         try:
-            for _ in progress(pool.map(decode_one, range(len(paths))), total=len(paths), desc=desc, unit="picture", leave=False):
+            for _ in progress(pool.map(decode_one, range(len(paths))), total=len(paths), desc=desc, unit="picture", leave=False,
+                              delay=1):
                 pass
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -144,70 +151,74 @@ def decode(paths, frame_H, frame_W, workers=4, out=None, desc="decoding"):
 
 
 def fingerprint(paths, frame_H, frame_W):
-    """A key that changes with any picture's name, size or time of change, and with the frame shape."""
+    """A key that changes with any picture's name, size or time of change, with the frame shape and with Pillow."""
     try:
         stats = [(path.name, status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; expected a readable picture") from None
-    described = json.dumps([1, frame_H, frame_W, str(paths[0].parent.resolve()), stats])
+    described = json.dumps([PIL.__version__, frame_H, frame_W, str(paths[0].parent.resolve()), stats])
     return hashlib.sha256(described.encode()).hexdigest()[:20]
 
 
 def cache_folder(root, cache_dir=None):
-    """--cache_dir, else `.frame_cache` beside the data, else the user's cache folder where that can't be written."""
+    """--cache_dir, else `.frame_cache` beside the data, else the user's cache folder; None where none can be written."""
     wanted = Path(cache_dir) if cache_dir else Path(root) / ".frame_cache"
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pose-conditioned-vae"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pose-conditioned-vae"
     for folder in [wanted] if cache_dir else [wanted, user]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError as error:
-            problem = UserError(f"--cache_dir {folder}: {error.strerror or error}; expected a folder that can be written, or --no_cache")
-    raise problem
+            problem = error.strerror or error
+    if cache_dir:
+        raise UserError(f"--cache_dir {cache_dir}: {problem}; expected a folder that can be written, or --no_cache")
+    return None
 
 
 def cached(paths, frame_H, frame_W, folder, workers=4, desc="decoding"):
     """The uint8 array of `decode`, memory-mapped from `folder`; made there first where it is not up to date.
 
     Two processes may build it at once: each writes a file of its own and renames it; readers see a whole file or none.
+    The map is copy-on-write, which keeps torch quiet about read-only memory; nothing is ever written to it.
     """
-    path = Path(folder) / f"{fingerprint(paths, frame_H, frame_W)}.npy"
-    shape = (len(paths), 3, frame_H, frame_W)
+    key, shape = fingerprint(paths, frame_H, frame_W), (len(paths), 3, frame_H, frame_W)
+    if folder is None:
+        return decode(paths, frame_H, frame_W, workers, desc=desc)
+    path = Path(folder) / f"{key}.npy"
     try:
-        array = np.load(path, mmap_mode="r")
+        array = np.lib.format.open_memmap(path, mode="c")
         if array.shape == shape and array.dtype == np.uint8:
             return array
-    except (OSError, ValueError, EOFError):  # not there yet, or damaged: made anew
+    except Exception:  # not there yet, or damaged, which NumPy reports in many ways: made anew
         pass
-    handle, aside = tempfile.mkstemp(dir=folder, suffix=".part")
-    os.close(handle)
+    aside = path.with_suffix(f".{secrets.token_hex(6)}.part")
     try:
-        if shutil.disk_usage(folder).free < np.prod(shape) + 1_000_000:  # a full disk under a memory map is a SIGBUS
-            raise OSError(28, "no space left for the frame cache")
         array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint8, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # a disk that fills up under a memory map is a SIGBUS
+            with open(aside, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
         decode(paths, frame_H, frame_W, workers, array, desc)
         array.flush()
         os.replace(aside, path)
+        return np.lib.format.open_memmap(path, mode="c")
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}; expected room for the frame cache, another --cache_dir, or --no_cache") from None
     finally:
-        Path(aside).unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")
+        aside.unlink(missing_ok=True)
 
 
 class Frames:
     """Every frame and pose picture of a train or val split, uint8 (N, 3, H, W), on one device.
 
-    folder: where the decoded arrays are kept (`cache_folder`).
+    cache_dir: where the decoded arrays are kept (see `cache_folder`).
     """
 
-    def __init__(self, root, mode, frame_H, frame_W, folder, workers=4):
+    def __init__(self, root, mode, frame_H, frame_W, cache_dir=None, workers=4):
         frames, labels = list_pairs(root, mode)
-        imgs = cached(frames, frame_H, frame_W, folder, workers, f"decoding {mode} frames")
-        poses = cached(labels, frame_H, frame_W, folder, workers, f"decoding {mode} poses")
-        # copy-on-write maps keep torch quiet about read-only memory; nothing is ever written to them
-        self.imgs, self.labels = (torch.from_numpy(np.load(a.filename, mmap_mode="c")) for a in (imgs, poses))
+        folder = cache_folder(root, cache_dir)
+        self.imgs, self.labels = (torch.from_numpy(cached(paths, frame_H, frame_W, folder, workers, f"decoding {mode} {what}"))
+                                  for paths, what in ((frames, "frames"), (labels, "poses")))
 
     def to(self, device):
         """Move to `device` where the set takes at most a quarter of the free memory there; stay on the CPU otherwise."""
@@ -237,7 +248,7 @@ def find_clips(imgs):
     count, reach = len(imgs), 8
     jump = np.zeros(count)
     for start in range(1, count, 1024):
-        block = np.asarray(imgs[start - 1:start + 1024], dtype=np.float32)
+        block = np.asarray(torch.as_tensor(imgs[start - 1:start + 1024]).cpu(), dtype=np.float32)  # a GPU may hold them
         jump[start:start + 1024] = np.abs(np.diff(block, axis=0)).mean((1, 2, 3)) / 255
     starts = [0]
     for t in range(1, count):
@@ -248,7 +259,7 @@ def find_clips(imgs):
     return starts + [count]
 
 
-# ---------------------------------------------------------------- the dataset
+# ---------------------------------------------------------------- the dataset and its loaders
 
 class Dataset_Dance(Dataset):
     """Windows of consecutive frames with their poses.
@@ -273,8 +284,9 @@ class Dataset_Dance(Dataset):
             self.img_paths, self.label_paths = list_pairs(root, mode)
         self.n_frames = len(self.img_paths) if frames is None else len(frames.imgs)
         if len(self) == 0:
-            raise UserError(f"{self.root / mode / f'{mode}_img'}: holds {self.n_frames} frames, of which {partial:g} is "
-                            f"used; expected at least {video_len} for one window")
+            used = f", of which a share of {partial:g} is used" if partial < 1 else ""
+            raise UserError(f"{self.root / mode / f'{mode}_img'}: holds {self.n_frames} frames{used}; expected at least "
+                            f"{video_len} for one window (--{'train' if mode == 'train' else 'val'}_vi_len)")
 
     def __len__(self):
         if self.mode == "test":
@@ -299,6 +311,26 @@ class Dataset_Dance(Dataset):
     def read(self, paths):
         """Decoded and transformed pictures, (len(paths), 3, H, W)."""
         return torch.stack([self.transform(read_picture(path)) for path in paths])
+
+
+def _quiet(worker):
+    """Workers leave Ctrl-C to the process that started them, and end at SIGTERM without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class PictureLoader(DataLoader):
+    """A DataLoader whose workers' UserErrors arrive as they were raised, not inside a traceback."""
+
+    def __init__(self, dataset, batch_size, **options):
+        # a generator of its own: starting a loader must not move the one that training draws from
+        super().__init__(dataset, batch_size, generator=torch.Generator(), worker_init_fn=_quiet, **options)
+
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
 class WindowLoader:
