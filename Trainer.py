@@ -10,6 +10,7 @@ Reads top to bottom as the algorithm: loss and metric, schedules, the pool of ru
 training step, its rollout, its training stage and its checkpoints, and the command line at the end.
 """
 
+import argparse
 import copy
 import math
 import os
@@ -73,7 +74,10 @@ class kl_annealing:
 
     def __init__(self, args, current_epoch=0):
         args = build_parser().fill(copy.copy(args))
-        kind = console.kl_anneal_type(args.kl_anneal_type)
+        try:
+            kind = console.kl_anneal_type(args.kl_anneal_type)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--kl_anneal_type: {error}") from None
         cycles = args.kl_anneal_cycle if kind == "Cyclical" else 1
         if cycles < 1:
             raise UserError(f"--kl_anneal_cycle {cycles}: expected at least 1")
@@ -225,7 +229,6 @@ class VAE_Model(nn.Module):
     """
 
     # for subclasses that never run __init__ but build the five networks themselves, as the template's Tester does
-    mse_criterion = nn.MSELoss()
     current_epoch, step, steps_done = 0, 0, 0
     ema = pool = parallel = poses = clock = board = restored = bar = stop_signal = train_frames = None
     best_psnr, rank, world, agreed = -math.inf, 0, 1, False
@@ -304,7 +307,7 @@ class VAE_Model(nn.Module):
                 generated[s], = self.saving_memory(self.next_frame, generated[s - 1][None], pose[s:s + 1], z[s:s + 1])
 
         generated = torch.stack([generated[s] for s in range(length - 1)])            # (T-1, B, 3, H, W)
-        mse = self.mse_criterion(generated.float(), img[1:])
+        mse = getattr(self, "mse_criterion", F.mse_loss)(generated.float(), img[1:])
         kl = kl_criterion(mu.float(), logvar.float(), mu.shape[0] * mu.shape[1])
         loss = mse + self.kl_annealing.get_beta() * self.args.kl_weight * kl
         return loss, mse, kl, generated[-1]
@@ -426,9 +429,10 @@ class VAE_Model(nn.Module):
         This is the template's name for its validation loop. It hides nn.Module.eval(), so modes are switched with
         nn.Module.train(model, flag) alone.
         """
-        make_folder(self.args.save_root)
         losses, psnrs = [], []
         loader = self.val_dataloader()
+        if self.args.save_root is not None:
+            make_folder(self.args.save_root)
         with self.validated_weights(), progress(total=len(loader) * (self.args.val_vi_len - 1), unit="frame",
                                                 desc=f"val   {self.current_epoch}", leave=False) as self.bar:
             for img, label in loader:
@@ -503,6 +507,7 @@ class VAE_Model(nn.Module):
         return cache[mode]
 
     def dataset(self, mode, video_len, partial=1.0):
+        require(self.args, "DR")
         transform = frame_transform(self.args.frame_H, self.args.frame_W)
         return Dataset_Dance(self.args.DR, transform, mode, video_len, partial, self.frames(mode))
 
@@ -510,14 +515,19 @@ class VAE_Model(nn.Module):
         """Batches of this epoch's training windows in order, this rank's share of them, from batch `skip` on."""
         args = self.args
         dataset = self.dataset("train", args.train_vi_len, data_share(args, self.current_epoch))
-        order = range(self.rank, len(dataset) - len(dataset) % self.world, self.world)
-        if len(order) < args.batch_size:
-            raise UserError(f"--batch_size {args.batch_size}: the training data hold {len(dataset)} windows of {args.train_vi_len} "
-                            f"frames for {self.world} process(es); expected at least one batch each")
-        order = order[skip * args.batch_size:]
+        order = range(self.rank, len(dataset) - len(dataset) % self.world, self.world)[skip * args.batch_size:]
         if dataset.frames is not None:
             return WindowLoader(dataset, args.batch_size, order)
         return PictureLoader(dataset, args.batch_size, sampler=order, drop_last=True, num_workers=min(args.num_workers, os.cpu_count() or 1))
+
+    def check_batch_size(self, windows):
+        """UserError where a batch holds more than there is to draw from: the pool's lanes, or this many windows."""
+        args = self.args
+        if args.pool and args.batch_size > args.pool:
+            raise UserError(f"--batch_size {args.batch_size}: expected at most the {args.pool} lanes of --pool")
+        if not args.pool and windows // self.world < args.batch_size:
+            raise UserError(f"--batch_size {args.batch_size}: the training data hold {windows} windows of {args.train_vi_len} "
+                            f"frames for {self.world} process(es); expected at least one batch each")
 
     def val_dataloader(self):
         """Batches of one validation sequence of val_vi_len frames."""
@@ -666,8 +676,6 @@ class VAE_Model(nn.Module):
         if args.pool:
             clips = find_clips(self.train_pictures)
             self.pool = RolloutPool(self.dataset("train", args.train_vi_len), clips, args.pool, args.seed + self.rank)
-            if args.batch_size > args.pool:
-                raise UserError(f"--batch_size {args.batch_size}: expected at most the {args.pool} lanes of --pool")
         if self.world > 1:
             # weights come from rank 0; what each rank draws from here on is its own
             self.__dict__["parallel"] = DistributedDataParallel(self, [self.device.index] if self.device.type == "cuda" else None)
@@ -677,8 +685,6 @@ class VAE_Model(nn.Module):
                 self.say(f"--DR {args.DR}: {self.train_frames} training frames, the checkpoint's run had {self.restored['train_frames']}")
             self.load_training_state(self.restored)
             self.scheduler.base_lrs, args.lr, self.restored = [self.base_lr], self.base_lr, None
-        elif self.steps_in(self.current_epoch) < 1:
-            self.train_dataloader()  # raises what is wrong
         if self.rank == 0:
             sweep_leftovers(args.save_root)
         self.say(f"{args.device}, {self.precision_reason}; {self.train_frames} training frames"
@@ -692,6 +698,12 @@ class VAE_Model(nn.Module):
     def open_data(self):
         """Check and decode the data that training needs, before anything is written."""
         args = self.args
+        require(args, "DR", "save_root")
+        Dataset_Dance(args.DR, None, "val", args.val_vi_len)  # what needs no decoding first
+        shares = {1.0} if args.pool else {data_share(args, epoch) for epoch in (self.current_epoch, args.num_epoch - 1)}
+        for share in shares:
+            self.check_batch_size(len(Dataset_Dance(args.DR, None, "train", args.train_vi_len, share)))
+
         self.dataset("val", args.val_vi_len)
         dataset = self.dataset("train", args.train_vi_len)
         self.train_frames = dataset.n_frames
@@ -1054,8 +1066,7 @@ def adopt_settings(args, names=None):
     names: the flags to take; None takes all that say what to train. A given flag that differs is said.
     """
     loaded = read_checkpoint(args.ckpt_path)
-    settings = {**sizes(loaded), **{k: v for k, v in loaded["args"].items() if k in vars(args)}} if isinstance(
-        loaded.get("args"), dict) else sizes(loaded)
+    settings = build_parser().accept(loaded.get("args"), args.ckpt_path) | sizes(loaded)
     names = settings.keys() - OF_THE_MACHINE if names is None else names & settings.keys()
     if "recipe" in args.given and settings.get("recipe") != args.recipe:
         names = names - console.RECIPES["pool"].keys()  # another recipe was asked for: what it sets stays

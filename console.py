@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 # ---------------------------------------------------------------- the flags of Trainer.py and Tester.py
@@ -155,6 +155,24 @@ class RecipeParser(Parser):
         flags = {action.dest for action in self._actions} - {"help"}
         parsed.given = sorted(flags & vars(parsed).keys())
         return self.fill(parsed), rest
+
+    def accept(self, settings, path):
+        """The settings of a file that are flags with values that the command line takes too, as a dict; says what isn't."""
+        accepted = {}
+        for action in self._actions if isinstance(settings, dict) else ():
+            if action.dest not in settings or action.dest == "help":
+                continue
+            value = settings[action.dest]
+            try:
+                if action.nargs == 0 and not isinstance(value, bool):
+                    raise argparse.ArgumentError(action, f"{value!r} is not True or False")
+                if action.nargs != 0 and not (value is None and action.default is None):
+                    value = self._get_value(action, str(value))
+                    self._check_value(action, value)
+                accepted[action.dest] = value
+            except argparse.ArgumentError as error:
+                say(f"{path}: its setting is not taken: {' '.join(str(error).split())}")
+        return accepted
 
     def fill(self, namespace):
         """Give `namespace` every flag that it lacks: the value of its recipe, else the template's default.

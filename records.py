@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import tempfile
+from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,12 +23,12 @@ NETWORKS = ("frame_transformation", "label_transformation", "Gaussian_Predictor"
 HISTORY = ("epoch", "lr", "tfr", "tf_share", "beta", "train_loss", "train_mse", "train_kl", "val_mse", "val_psnr_mean",
            "val_psnr_min", "val_psnr_last", "skipped_steps", "seconds", "frames_per_second")
 
-# what strangers' checkpoints hold beside tensors: NumPy numbers, which can't run code
-_NUMPY_SCALARS = [np.dtype, np.ndarray] + [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
+# what strangers' checkpoints hold beside tensors: NumPy numbers and parsed arguments, which can't run code
+_HARMLESS = [Namespace, np.dtype, np.ndarray] + [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
 for _package in ("core", "_core"):
     _multiarray = getattr(getattr(np, _package, None), "multiarray", None)
     if _multiarray is not None:
-        _NUMPY_SCALARS += [(getattr(_multiarray, name), f"numpy.{_package}.multiarray.{name}") for name in ("scalar", "_reconstruct")]
+        _HARMLESS += [(getattr(_multiarray, name), f"numpy.{_package}.multiarray.{name}") for name in ("scalar", "_reconstruct")]
 
 
 # ---------------------------------------------------------------- writing
@@ -126,7 +127,7 @@ def read_checkpoint(path):
     if Path(path).is_dir():
         raise UserError(f"{path}: is a folder; expected a checkpoint file")
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+        with torch.serialization.safe_globals(_HARMLESS):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; expected a checkpoint file") from None
@@ -151,11 +152,18 @@ def read_checkpoint(path):
     optimizer = checkpoint.get("optimizer")
     if not (isinstance(optimizer, dict) and {"state", "param_groups"} <= optimizer.keys()):
         checkpoint["optimizer"] = None
-    for key in ("lr", "tfr", "last_epoch"):
-        value = checkpoint.get(key)
-        if isinstance(value, (np.generic, torch.Tensor)) and value.size in (1, torch.Size([])):
-            checkpoint[key] = value.item()
+    for key, kind, low, high in (("lr", float, 0, 10), ("tfr", float, 0, 1), ("last_epoch", int, -1, 10**9)):
+        checkpoint[key] = _figure(checkpoint.get(key), kind, low, high)
     return checkpoint
+
+
+def _figure(value, kind, low, high):
+    """A number, NumPy scalar or tensor of one number as a plain int or float; None where it can't be that one."""
+    try:
+        value = kind(value.item() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    return value if low <= value <= high else None
 
 
 def _weights(candidate):
