@@ -59,7 +59,8 @@ def read_settings(path):
             except Exception as error:  # a damaged archive fails in many ways
                 raise UserError(f"{path / name}: is not a whole checkpoint ({type(error).__name__})") from None
             if isinstance(args, dict):
-                values = {k: v for k, v in args.items() if k not in SILENT and isinstance(v, (str, int, float, bool, type(None)))}
+                plain = (str, int, float, bool, type(None))
+                values = {k: v for k, v in args.items() if k not in SILENT and isinstance(v, plain)}
                 for key in ("DR", "ckpt_path", "cache_dir"):  # a report is handed on: folder names only
                     if values.get(key):
                         values[key] = Path(values[key]).name
@@ -139,7 +140,7 @@ def fmt(value, digits=4):
 
 
 def settings_tables(runs):
-    """(rows of what differs between the runs, rows of what is equal), each with a header row; runs without settings are left out."""
+    """(rows of what differs between the runs, rows of what is equal), each with a header row. Runs without settings are left out."""
     known = [r for r in runs if r.settings is not None]
     flags = sorted({flag for r in known for flag in r.settings})
     differs = [["Flag", *(r.name for r in known)]]
@@ -161,7 +162,8 @@ def choice(runs, *flags):
     """Rows of some settings by run, with a header row; None where no run knows them."""
     known = [r for r in runs if r.settings is not None]
     flags = [f for f in flags if any(f in r.settings for r in known)]
-    return [["Run", *(f"`--{f}`" for f in flags)], *([r.name, *(fmt_setting(r.settings.get(f)) for f in flags)] for r in known)] if flags else None
+    rows = [[r.name, *(fmt_setting(r.settings.get(f)) for f in flags)] for r in known]
+    return [["Run", *(f"`--{f}`" for f in flags)], *rows] if flags else None
 
 
 def any_setting(runs, test):
@@ -248,8 +250,8 @@ def frames_figure(run):
         number = int(run.psnr["frame"][i])
         picture = run.frames[number - run.first]
         middle = (left + (column + 0.5) * cell) / size[0]
-        fig.text(middle, 1 - 0.08 / size[1], f"{'best' if column < len(best) else 'worst'}: frame {number}\n{run.psnr['psnr'][i]:.2f} dB",
-                 fontsize=7.5, ha="center", va="top")
+        kind = "best" if column < len(best) else "worst"
+        fig.text(middle, 1 - 0.08 / size[1], f"{kind}: frame {number}\n{run.psnr['psnr'][i]:.2f} dB", fontsize=7.5, ha="center", va="top")
         for row in range(3):
             y = size[1] - top - (row + 1) * tall - row * gap
             ax = fig.add_axes(((left + column * cell) / size[0], y / size[1], (cell - gap) / size[0], tall / size[1]))
@@ -297,7 +299,8 @@ def sprite_sheets(runs, budget):
         # JPEG, as lossy WebP always halves the resolution of colour, which shows on pictures this small
         lossy = encode("JPEG", quality=quality, subsampling=0, optimize=True)
         sheets = [a if len(a) < 1.5 * len(b) else b for a, b in zip(exact, lossy)]
-        note = f"To keep this page small, the player's frames are stored with some loss (JPEG, quality {quality}); val_pred.gif has them as they were."
+        note = (f"To keep this page small, the player's frames are stored with some loss (JPEG, quality {quality}); "
+                f"val_pred.gif has them as they were.")
     return sheets, layouts, note
 
 
@@ -309,7 +312,8 @@ def player_data(runs, layouts, sheets, names):
             psnr = None
             if r.psnr is not None:
                 psnr = {str(int(f)): round(float(p), 3) for f, p in zip(r.psnr["frame"], r.psnr["psnr"]) if math.isfinite(p)}
-            entries.append(dict(layouts[r.name], name=r.name, psnr=psnr, colour=plot_runs.STYLES[names.index(r.name) % len(plot_runs.STYLES)][0]))
+            colour = plot_runs.STYLES[names.index(r.name) % len(plot_runs.STYLES)][0]
+            entries.append(dict(layouts[r.name], name=r.name, psnr=psnr, colour=colour))
     return dict(tick=TICK, sheets=sheets, runs=entries)
 
 
@@ -334,8 +338,8 @@ def build_blocks(runs, figures, left_out, player_note):
     add("p", f"{len(runs)} run{'s' * (len(runs) > 1)}: {', '.join(r.name for r in runs)}.")
     unknown = [r.name for r in runs if r.settings is None]
     if unknown:
-        add("p", f"Settings of {', '.join(unknown)} are not known (no last.ckpt or best.ckpt that holds them), so the tables below leave "
-                 f"{'them' if len(unknown) > 1 else 'it'} out.")
+        add("p", f"Settings of {', '.join(unknown)} are not known (no last.ckpt or best.ckpt that holds them), "
+                 f"so the tables below leave {'them' if len(unknown) > 1 else 'it'} out.")
     if len(unknown) < len(runs):
         differs, equal = settings_tables(runs)
         if len(differs) > 1:
@@ -351,17 +355,20 @@ def build_blocks(runs, figures, left_out, player_note):
 
     add("h2", "B. Implementation details (30%)")
     add("h3", "B.i How do you write your training/testing protocol (15%)")
-    add("p", "Training. For every frame to predict, `RGB_Encoder` encodes the past frame, `Label_Encoder` the pose, and `Gaussian_Predictor` the frame "
-             "itself together with its pose into mu and logvar, from which z is drawn. `Decoder_Fusion` joins past frame, pose and z, and `Generator` "
-             "makes the frame. The past frame is ground truth for the first prediction of a window and where teacher forcing says so, else the frame "
-             "just generated. The loss is the mean squared error plus the weighted KL divergence between N(mu, exp(logvar)) and N(0, I). Gradients are "
-             "clipped by norm before each step of the optimizer.")
+    add("p", "Training. For every frame to predict, `RGB_Encoder` encodes the past frame, `Label_Encoder` the pose, "
+             "and `Gaussian_Predictor` the frame itself together with its pose into mu and logvar, from which z is "
+             "drawn. `Decoder_Fusion` joins past frame, pose and z, and `Generator` makes the frame. The past frame is "
+             "ground truth for the first prediction of a window and where teacher forcing says so, else the frame just "
+             "generated. The loss is the mean squared error plus the weighted KL divergence between N(mu, exp(logvar)) "
+             "and N(0, I). Gradients are clipped by norm before each step of the optimizer.")
     if any_setting(runs, lambda s: s.get("pool")):
-        add("p", "Runs with `--pool` above 0 keep that many running rollouts: the past frame of a training window is one that the network generated "
-                 "earlier, in a rollout that has gone on since, and the window's last prediction is put back in its place (`RolloutPool`).")
-    add("p", "Testing. The first frame and all poses are given, nothing else: z comes from the prior N(0, I) at every step, every generated frame is clamped "
-             "to [0, 1] and becomes the past frame of the next one, and BatchNorm uses its running statistics. The PSNR of a frame is "
-             "-10 log10 of its mean squared error; a rollout's score is the mean over its frames.")
+        add("p", "Runs with `--pool` above 0 keep that many running rollouts: the past frame of a training window is "
+                 "one that the network generated earlier, in a rollout that has gone on since, and the window's last "
+                 "prediction is put back in its place (`RolloutPool`).")
+    add("p", "Testing. The first frame and all poses are given, nothing else: z comes from the prior N(0, I) at every "
+             "step, every generated frame is clamped to [0, 1] and becomes the past frame of the next one, and "
+             "BatchNorm uses its running statistics. The PSNR of a frame is -10 log10 of its mean squared error; a "
+             "rollout's score is the mean over its frames.")
     if any_setting(runs, lambda s: s.get("z") == "zero"):
         add("p", "Runs with `--z zero` use z = 0, the mean of the prior, in place of a draw from it.")
     settings = choice(runs, "recipe", "batch_size", "train_vi_len", "val_vi_len", "optim", "lr", "num_epoch", "fast_train", "pool")
@@ -372,15 +379,17 @@ def build_blocks(runs, figures, left_out, player_note):
     add("analysis", "B.i")
 
     add("h3", "B.ii How do you implement reparameterization tricks (5%)")
-    add("p", "z = mu + exp(logvar / 2) * eps with eps from N(0, I): the draw is moved into eps, so gradients pass through mu and logvar. The network gives "
-             "the logarithm of the variance, which may be any real number, so the variance is positive without a constraint.")
+    add("p", "z = mu + exp(logvar / 2) * eps with eps from N(0, I): the draw is moved into eps, so gradients pass "
+             "through mu and logvar. The network gives the logarithm of the variance, which may be any real number, so "
+             "the variance is positive without a constraint.")
     add("code", ["modules/modules.py:Gaussian_Predictor.reparameterize", "Trainer.py:kl_criterion"])
     add("analysis", "B.ii")
 
     add("h3", "B.iii How do you set your teacher forcing strategy (5%)")
-    add("p", "The ratio is the chance that a step gets ground truth as its past frame. With epochs e from 0: "
-             "tfr(e) = max(0, tfr - tfr_d_step * max(0, e - tfr_sde + 1)). It stays at `--tfr` until `--tfr_sde`, then drops by `--tfr_d_step` an epoch, never below "
-             "0. `--tf_coin` says how often the coin is tossed: once an epoch, for each batch, or for each frame.")
+    add("p", "The ratio is the chance that a step gets ground truth as its past frame. With epochs e from 0: tfr(e) = "
+             "max(0, tfr - tfr_d_step * max(0, e - tfr_sde + 1)). It stays at `--tfr` until `--tfr_sde`, then drops by "
+             "`--tfr_d_step` an epoch, never below 0. `--tf_coin` says how often the coin is tossed: once an epoch, "
+             "for each batch, or for each frame.")
     if any_setting(runs, lambda s: s.get("pool")):
         add("p", "With `--pool`, it is the chance that a running rollout restarts from ground truth.")
     settings = choice(runs, "tfr", "tfr_sde", "tfr_d_step", "tf_coin")
@@ -390,9 +399,10 @@ def build_blocks(runs, figures, left_out, player_note):
     add("analysis", "B.iii")
 
     add("h3", "B.iv How do you set your kl annealing ratio (5%)")
-    add("p", "beta in [0, 1] weighs the KL term, one value an epoch (Fu et al. 2019). Cyclical: `--kl_anneal_cycle` cycles, in each of which beta climbs "
-             "linearly from 0 towards 1 over the first `--kl_anneal_ratio` of the cycle and then stays at 1. Monotonic: one such cycle over all epochs. "
-             "None: 1 throughout. `--kl_weight` is a constant factor beside beta.")
+    add("p", "beta in [0, 1] weighs the KL term, one value an epoch (Fu et al. 2019). Cyclical: `--kl_anneal_cycle` "
+             "cycles, in each of which beta climbs linearly from 0 towards 1 over the first `--kl_anneal_ratio` of the "
+             "cycle and then stays at 1. Monotonic: one such cycle over all epochs. None: 1 throughout. `--kl_weight` "
+             "is a constant factor beside beta.")
     settings = choice(runs, "kl_anneal_type", "kl_anneal_cycle", "kl_anneal_ratio", "kl_weight")
     if settings:
         add("table", settings)
@@ -428,8 +438,8 @@ def build_blocks(runs, figures, left_out, player_note):
         add("player", player_note)
     for r in runs:
         if f"frames_{r.file}" in figures:
-            add("figure", (f"frames_{r.file}", f"{r.name}: frames with the highest and the lowest PSNR of the validation rollout, chosen apart "
-                                               f"from each other. Pose, prediction, ground truth."))
+            add("figure", (f"frames_{r.file}", f"{r.name}: frames with the highest and the lowest PSNR of the validation rollout, "
+                                               f"chosen apart from each other. Pose, prediction, ground truth."))
     add("analysis", "C.iii")
 
     add("h3", "C.iv Other training strategy analysis (Bonus 10%)")
@@ -466,7 +476,8 @@ def markdown_table(rows):
 
 
 def to_markdown(blocks, title, analysis):
-    out = [f"# {title}", "Made by `scripts/make_report.py`; figures lie beside this file, also as PDF. `report.html` is the same with a player for the frames."]
+    out = [f"# {title}", "Made by `scripts/make_report.py`; figures lie beside this file, also as PDF. `report.html` is the same, "
+                         "with a player for the frames."]
     for kind, content in blocks:
         if kind in ("h2", "h3"):
             out.append(f"{'#' * int(kind[1])} {content}")
@@ -499,8 +510,10 @@ def inline(text):
 def html_table(rows, wide=False):
     body = lambda row, tag: "<tr>" + "".join(f"<{tag}>{inline(cell)}</{tag}>" for cell in row) + "</tr>"
     if wide:  # a long list of pairs, set in columns
-        return '<div class="pairs">' + "".join(f"<div><span>{inline(a)}</span><span>{inline(b)}</span></div>" for a, b in rows[1:]) + "</div>"
-    return f'<div class="scroll"><table><thead>{body(rows[0], "th")}</thead><tbody>{"".join(body(r, "td") for r in rows[1:])}</tbody></table></div>'
+        pairs = "".join(f"<div><span>{inline(a)}</span><span>{inline(b)}</span></div>" for a, b in rows[1:])
+        return f'<div class="pairs">{pairs}</div>'
+    below = "".join(body(row, "td") for row in rows[1:])
+    return f'<div class="scroll"><table><thead>{body(rows[0], "th")}</thead><tbody>{below}</tbody></table></div>'
 
 
 def to_html(blocks, title, analysis, figures, data):
@@ -515,13 +528,15 @@ def to_html(blocks, title, analysis, figures, data):
         elif kind == "figure":
             name, caption = content
             picture = base64.b64encode(figures[name]).decode()
-            out.append(f'<figure><img src="data:image/png;base64,{picture}" alt="{html.escape(caption)}" data-figure="{html.escape(name)}">'
+            width = round(Image.open(io.BytesIO(figures[name])).width * 0.72)  # letters of all figures about as large as the page's
+            out.append(f'<figure><img src="data:image/png;base64,{picture}" width="{width}" alt="{html.escape(caption)}">'
                        f"<figcaption>{html.escape(caption)}</figcaption></figure>")
         elif kind == "code":
             for place in content:
                 found = source(place)
                 if found:
-                    out.append(f"<details><summary><code>{found[1]}</code> in {found[0]}, line {found[2]}</summary><pre>{html.escape(found[3])}</pre></details>")
+                    out.append(f"<details><summary><code>{found[1]}</code> in {found[0]}, line {found[2]}</summary>"
+                               f"<pre>{html.escape(found[3])}</pre></details>")
                 else:
                     file, name = place.split(":")
                     out.append(f"<p><code>{name}</code> in {file}: not found in this copy of the project.</p>")

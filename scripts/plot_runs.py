@@ -148,8 +148,10 @@ def style(index, count=0, runs=1):
     """Line options of run `index`; with `count` points its markers stand at their own places, so that equal curves all show."""
     colour, dashes, marker = STYLES[index % len(STYLES)]
     step = max(1, count // 12)
-    return dict(color=colour, linestyle=dashes, marker=marker, markevery=(index * step // max(1, runs) % step, step),
-                markerfacecolor="white" if index >= len(STYLES) else colour, markeredgecolor=colour)
+    size = 4.5 if step > 1 else 4.5 + 1.6 * min(3, max(0, runs - 1 - index))  # every point marked: equal ones lie in rings
+    return dict(color=colour, linestyle=dashes, marker=marker, markersize=size, markeredgecolor=colour,
+                markerfacecolor="white" if index >= len(STYLES) else colour,
+                markevery=(index * step // max(1, runs) % step, step))
 
 
 def draw(ax, x, y, **options):
@@ -193,7 +195,8 @@ def log_where_it_helps(ax, series):
     else:
         return
     decades = np.log10(values.max() / values.min())
-    plain = FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e"))
+    short = lambda value: f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    plain = FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e5 else short(value))
     if decades < 1.7:
         ax.yaxis.set_major_locator(LogLocator(subs=[1, 2, 5]))
         ax.yaxis.set_minor_formatter(NullFormatter())
@@ -216,12 +219,14 @@ def cut_low_outliers(ax, drawn, x_name):
     count, lowest = 0, (math.inf, "", 0)
     for name, colour, x, y in drawn:
         out = np.isfinite(y) & (y < floor)
-        ax.plot(x[out], np.full(out.sum(), floor), linestyle="none", marker="v", markersize=7, color=colour, clip_on=False, zorder=5)
+        ax.plot(x[out], np.full(out.sum(), floor), linestyle="none", marker="v", markersize=7, color=colour, clip_on=False,
+                zorder=5)
         count += out.sum()
         if out.any():
             lowest = min(lowest, (y[out].min(), name, x[out][y[out].argmin()]))
     values_lie = "value lies" if count == 1 else "values lie"
-    note(ax, f"Axis cut: {count} {values_lie} below it (triangles); lowest {lowest[0]:.1f} dB, {label(lowest[1])}, {x_name} {lowest[2]:g}")
+    note(ax, f"Axis cut: {count} {values_lie} below it (triangles); "
+             f"lowest {lowest[0]:.1f} dB, {label(lowest[1])}, {x_name} {lowest[2]:g}")
 
 
 def same_series(runs, column):
@@ -347,7 +352,8 @@ def val_psnr(runs):
             drawn.append((r.name, options["color"], x, y))
             best = summarise(r)["best_epoch"]
             if column == "val_psnr_mean" and best is not None:
-                ax.plot(best, y[x == best][0], "o", markersize=11, markerfacecolor="none", markeredgecolor=options["color"], markeredgewidth=1.4)
+                ax.plot(best, y[x == best][0], "o", markersize=11, markerfacecolor="none", markeredgecolor=options["color"],
+                        markeredgewidth=1.4)
         ax.set_title(title)
         ax.set_ylabel("PSNR (dB)")
         note_not_finite(ax, bad)
@@ -412,7 +418,8 @@ def psnr_summary(runs):
         best = line > 0 and len(means) > 1 and rows[line - 1]["psnr_mean"] == max(means)
         for column, value in enumerate(row):
             ax.text(0 if column == 0 else right[column], y, value, ha="left" if column == 0 else "right",
-                    va="center_baseline" if line == 0 else "baseline", fontsize=8.5, weight="bold" if line == 0 or best else "normal", linespacing=0.95)
+                    va="center_baseline" if line == 0 else "baseline", fontsize=8.5, linespacing=0.95,
+                    weight="bold" if line == 0 or best else "normal")
     for y, width in [(height - 0.28, 1.2), (height - 0.74, 0.7), (0.12, 1.2)]:
         ax.axhline(y, color="black", linewidth=width)
     return fig

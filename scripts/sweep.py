@@ -1,4 +1,4 @@
-"""Train several runs that differ in one thing, then draw their figures and write the report. Called by sweep_kl.sh and sweep_tfr.sh.
+"""Train several runs that differ in one thing, then draw figures and write the report; called by sweep_kl.sh and sweep_tfr.sh.
 
     python scripts/sweep.py kl DATA OUT [--jobs N] [any Trainer flags]
     python scripts/sweep.py tfr DATA OUT [--jobs N] [any Trainer flags]
@@ -51,7 +51,8 @@ def tfr_runs(num_epoch):
     early = max(1, round(num_epoch / 7))
     late = max(early + 1, round(num_epoch * 4 / 7))
     flags = lambda tfr, start, drop: ["--tfr", str(tfr), "--tfr_sde", str(start), "--tfr_d_step", str(drop)]
-    return {"always": flags(1, early, 0), "decay_late": flags(1, late, step), "decay_early": flags(1, early, step), "never": flags(0, early, 0)}
+    return {"always": flags(1, early, 0), "decay_late": flags(1, late, step),
+            "decay_early": flags(1, early, step), "never": flags(0, early, 0)}
 
 
 def parse(argv):
@@ -63,7 +64,8 @@ def parse(argv):
     parser = build_parser()
     parser.prog = f"sweep_{kind}.sh"
     parser.usage = "%(prog)s DATA OUT [--jobs N] [any Trainer flags]"
-    parser.description = f"Train runs that differ in {', '.join('--' + f for f in TURNED[kind])} alone, then draw figures and write report.html."
+    turned = ", ".join(f"--{flag}" for flag in TURNED[kind])
+    parser.description = f"Train runs that differ in {turned} alone, then draw figures and write report.html."
     parser.epilog = None
     parser.add_argument("data", metavar="DATA", help="data folder, with train/, val/ and test/ in it")
     parser.add_argument("out", metavar="OUT", help="folder for the runs, the figures and the report")
@@ -171,7 +173,8 @@ def start(name, words, out, jobs):
     with open(folder / "train.log", "a", encoding="utf-8") as log:
         log.write(f"\n$ {' '.join(command)}\n")
         log.flush()
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env,
+                                start_new_session=True)
 
 
 class Stop:
@@ -247,7 +250,8 @@ def main():
         with locked(out):
             record = Record(out, kind, data, flags)
             common = [word for words in flags.values() for word in words]
-            runs = {name: ["--DR", str(data), "--save_root", str(out / name), "--resume", *words, *common] for name, words in turned.items()}
+            runs = {name: ["--DR", str(data), "--save_root", str(out / name), "--resume", *words, *common]
+                    for name, words in turned.items()}
             stop = Stop()
             failed = train_all(runs, out, jobs, num_epoch, record, stop)
             if stop.signals:
@@ -257,7 +261,8 @@ def main():
     except OSError as error:
         raise UserError(f"OUT {out}: {error.strerror or error}") from None
     for name, status in failed.items():
-        print(f"{name} failed with status {status}: {last_line(out / name / 'train.log')} (all of it: {out / name / 'train.log'})", file=sys.stderr)
+        log = out / name / "train.log"
+        print(f"{name} failed with status {status}: {last_line(log)} (all of it: {log})", file=sys.stderr)
     if failed:
         return 2 if set(failed.values()) == {2} else 1
     return reported

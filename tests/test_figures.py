@@ -67,7 +67,7 @@ def make_gif(path, ticks):
 
 def command(script, *words, cwd=None, **env):
     return subprocess.run([sys.executable, ROOT / "scripts" / script, *map(str, words)], cwd=cwd, text=True,
-                          capture_output=True, timeout=120, env={**os.environ, **env})
+                          capture_output=True, timeout=300, env={**os.environ, **env})
 
 
 def refused(result, *words):
