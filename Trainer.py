@@ -253,6 +253,7 @@ class VAE_Model(nn.Module):
         self.kl_annealing = kl_annealing(args)
         self.coins = torch.Generator().manual_seed(args.seed)
         self.history = []
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=self.device)
         self.new_optimizer()
         self.reset_totals()
 
@@ -334,12 +335,17 @@ class VAE_Model(nn.Module):
         """Forward, backward and one step of the optimizer on a batch of windows; returns the loss (see `forward`)."""
         self.optim.zero_grad(set_to_none=True)
         img, label = img.to(self.device, non_blocking=True), label.to(self.device, non_blocking=True)
+        statistics = [buffer.clone() for buffer in self.buffers()]  # BatchNorm's: the forward pass moves them
         with self.autocast():
             loss, mse, kl, generated = (self.parallel or self)(img, label, adapt_TeacherForcing)
-        self.scaler.scale(loss).backward()
+        # a loss may overflow where its gradient does not; a NaN factor tells every rank, without a synchronisation
+        self.scaler.scale(loss).backward(torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss))
         finite = self.optimizer_step()
 
-        with torch.no_grad():  # sums for the history, on the device: no synchronisation
+        with torch.no_grad():
+            for buffer, before in zip(self.buffers(), statistics):
+                buffer.copy_(torch.where(finite, buffer, before))
+            # sums for the history, on the device: no synchronisation
             figures = torch.stack([loss, mse, kl]).detach().double()
             self.totals[:3] += torch.where(finite, figures, 0.0)
             self.totals[3] += finite
@@ -932,7 +938,6 @@ class VAE_Model(nn.Module):
         """Zero the sums that an epoch's row in the history is made of."""
         kind = torch.float32 if self.device.type == "mps" else torch.float64
         self.totals = torch.zeros(5, dtype=kind, device=self.device)  # loss, mse, kl, steps taken, steps skipped
-        self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=self.device)
         self.taught = self.tossed = 0
         self.learning_rate_sum = self.seconds = 0.0
         self.epoch_coin = None
