@@ -231,7 +231,7 @@ class VAE_Model(nn.Module):
     # for subclasses that never run __init__ but build the five networks themselves, as the template's Tester does
     current_epoch, step, steps_done = 0, 0, 0
     ema = pool = parallel = poses = clock = board = restored = bar = stop_signal = train_frames = None
-    best_psnr, rank, world, agreed = -math.inf, 0, 1, False
+    best_psnr, rank, world, agreed = -math.inf, 0, 1, 0
 
     def __init__(self, args):
         super().__init__()
@@ -423,7 +423,7 @@ class VAE_Model(nn.Module):
             squared.append((frames - img[:, 1 + done - frames.shape[1]:1 + done].cpu()).square().mean((2, 3, 4)))
             so_far = -10 * torch.log10(torch.cat(squared, 1)).mean()
             self.tqdm_bar("val", self.bar, so_far, self.optim.param_groups[0]["lr"] if hasattr(self, "optim") else 0.0, frames.shape[1])
-            self.stop_if_asked()
+            self.stop_if_asked(alone=True)
 
         self.predicted = self.rollout(img[:, 0], label, look)  # (B, T - 1, 3, H, W), kept for pictures
         squared = torch.cat(squared, 1)
@@ -595,7 +595,7 @@ class VAE_Model(nn.Module):
                 while self.current_epoch < self.args.num_epoch:
                     self.train_epoch()
                     began = time.monotonic()
-                    psnr = self.eval() if self.rank == 0 else 0.0
+                    psnr = self.validate()
                     if self.clock:
                         self.clock.leave(self.from_rank_0(time.monotonic() - began))
                     self.end_epoch(psnr)
@@ -604,6 +604,24 @@ class VAE_Model(nn.Module):
                 self.say(f"stopped in epoch {self.current_epoch}, saved; go on with: {resume_command()}")
                 raise
         self.say(f"done: {self.current_epoch} epochs, best validation PSNR {self.best_psnr:.2f} dB, in {self.args.save_root}")
+
+    def validate(self):
+        """`eval` on rank 0, and its PSNR on every rank; a signal or an error there ends it on all of them."""
+        if self.world == 1:
+            return self.eval()
+        for buffer in self.buffers():  # each rank's BatchNorm saw other windows: rank 0's statistics hold
+            dist.broadcast(buffer, 0)
+        psnr, problem = 0.0, None
+        if self.rank == 0:
+            try:
+                psnr = self.eval()
+            except (Stopped, UserError) as error:
+                problem = error
+        if self.from_rank_0(isinstance(problem, UserError)):
+            raise problem or SystemExit(2)  # rank 0 says what it was
+        self.agree()
+        self.stop_if_asked()
+        return self.from_rank_0(psnr)
 
     def train_epoch(self):
         """The rest of the current epoch's training steps."""
@@ -623,10 +641,12 @@ class VAE_Model(nn.Module):
                     self.steps_done += 1
                     self.seconds = time.monotonic() - began
                     self.scheduler.step()
-                    if self.device.type == "cpu" or self.step % 20 == 0:  # reading a value from a GPU waits for it
+                    look = self.device.type == "cpu" or self.steps_done % 20 == 0  # reading a value from a GPU waits for it
+                    if look:
                         self.tqdm_bar("train", bar, loss, self.optim.param_groups[0]["lr"], self.step - bar.n)
                         self.stop_if_hopeless()
-                    self.agree()
+                    if look or self.world == 1:
+                        self.agree()
                     if self.args.save_every_steps and self.step % self.args.save_every_steps == 0:
                         self.write(["last.ckpt"])
                     self.stop_if_asked()
@@ -950,10 +970,11 @@ class VAE_Model(nn.Module):
     def note_signal(self, number):
         self.stop_signal = number
 
-    def stop_if_asked(self):
-        """Raise Stopped after a signal; in a run of several ranks only where all of them agreed on it."""
-        if self.stop_signal and (self.world == 1 or self.agreed):
-            raise Stopped(self.stop_signal)
+    def stop_if_asked(self, alone=False):
+        """Raise Stopped after a signal; in a run of several ranks one that all of them agreed on, unless `alone`."""
+        asked = self.stop_signal if self.world == 1 or alone else self.agreed
+        if asked:
+            raise Stopped(asked)
 
     def stop_if_hopeless(self):
         """UserError after MAX_SKIPPED steps in a row whose gradient was not finite."""
@@ -968,7 +989,7 @@ class VAE_Model(nn.Module):
         if self.world > 1:
             asked = torch.tensor(self.stop_signal or 0, device=self.device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.stop_signal, self.agreed = int(asked) or None, True
+            self.agreed = int(asked)
 
     def from_rank_0(self, value):
         """The number that rank 0 has."""
@@ -1091,7 +1112,8 @@ def require(args, *flags):
 
 def resume_command():
     words = [word for word in sys.argv if word != "--resume"] + ["--resume"]
-    return "python " + shlex.join(words)
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    return (f"torchrun --nproc_per_node={ranks} " if ranks else "python ") + shlex.join(words)
 
 
 def join_processes(args):
@@ -1126,7 +1148,9 @@ def main(argv=None):
     model = VAE_Model(args)
     model.rank, model.world = rank, world
     model.load_checkpoint()
-    if args.test:
+    if args.test and rank > 0:
+        pass  # rank 0 alone validates
+    elif args.test:
         psnr = model.eval()
         root = Path(args.save_root)
         model.write_validation(root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
