@@ -791,14 +791,14 @@ class VAE_Model(nn.Module):
         self.load_training_state(state)
 
         step, validation = self.from_rank_0(step), self.from_rank_0(validation)
-        self.clock = Clock(STARTED + 60 * args.max_minutes, validation, self.share_done())
-        left, epochs = self.clock.deadline - time.monotonic(), 0
+        now = self.from_rank_0(time.monotonic())  # one clock for all ranks
+        self.clock = Clock(self.from_rank_0(STARTED + 60 * args.max_minutes), now, validation, self.share_done())
+        left, epochs = self.clock.deadline - now, 0
         while self.current_epoch + epochs < before:
             left -= self.steps_in(self.current_epoch + epochs) * step + (validation if epochs else 0)
             if left < 0 and epochs:
                 break
             epochs += 1
-        epochs = int(self.from_rank_0(epochs))
         args.num_epoch = self.current_epoch + epochs
         self.clock.fitted = args.num_epoch < before or left < 0
         if self.clock.fitted:
@@ -1003,9 +1003,9 @@ class VAE_Model(nn.Module):
 class Clock:
     """The time of a run with --max_minutes. `end` and `now` are of time.monotonic(); the last validation must fit before end."""
 
-    def __init__(self, end, validation, share=0.0):
+    def __init__(self, end, now, validation, share=0.0):
         self.end, self.start_share = end, share
-        self.start = self.now = time.monotonic()
+        self.start = self.now = now
         self.fitted = False
         self.leave(validation)
 
