@@ -186,6 +186,8 @@ class RolloutPool:
         return {"generator": self.generator.get_state(), "position": self.position, "pictures": self.pictures}
 
     def load_state_dict(self, state):
+        if state["pictures"].shape != self.pictures.shape:
+            return  # --pool or the frame's size is another one now: the lanes start anew
         self.generator.set_state(state["generator"])
         self.position = state["position"].clamp(max=int(self.clips[-1]) - 1)
         self.pictures = state["pictures"].to(self.pictures.device)
@@ -230,7 +232,7 @@ class VAE_Model(nn.Module):
 
     # for subclasses that never run __init__ but build the five networks themselves, as the template's Tester does
     current_epoch, step, steps_done = 0, 0, 0
-    ema = pool = parallel = poses = clock = board = restored = bar = stop_signal = train_frames = None
+    ema = pool = parallel = poses = clock = board = restored = bar = stop_signal = train_frames = compiled = None
     best_psnr, rank, world, agreed = -math.inf, 0, 1, 0
 
     def __init__(self, args):
@@ -707,6 +709,8 @@ class VAE_Model(nn.Module):
             self.__dict__["parallel"] = DistributedDataParallel(self, [self.device.index] if self.device.type == "cuda" else None)
             torch.manual_seed(args.seed + self.rank)
         if self.restored:
+            if len(self.restored["ranks"]) != self.world:
+                self.say(f"{self.world} process(es), the checkpoint's run had {len(self.restored['ranks'])}: not the same run to the bit")
             if self.restored["train_frames"] != self.train_frames:
                 self.say(f"--DR {args.DR}: {self.train_frames} training frames, the checkpoint's run had {self.restored['train_frames']}")
             self.load_training_state(self.restored)
@@ -750,11 +754,15 @@ class VAE_Model(nn.Module):
         pixels = args.frame_H * args.frame_W / 2048 * sum(p.numel() for p in self.parameters()) / 1.6e6
         frames = sum(self.steps_in(e) for e in range(self.current_epoch, args.num_epoch)) * args.batch_size * (args.train_vi_len - 1)
         long = args.max_minutes >= COMPILE_MINUTES if args.max_minutes else frames * pixels >= COMPILE_FRAMES
+        if self.compiled is not None:  # as before the stop: compiled sums may round in another way
+            long = self.compiled
+        self.compiled = False
         if args.no_compile or self.device.type not in ("cuda", "cpu") or (self.device.type == "cpu" and not long):
             return
         self.say("compiling the networks (off with --no_compile)")
         networks = [getattr(self, name) for name in NETWORKS]
         state = copy.deepcopy(self.training_state())
+        state["compiled"] = True
         try:
             for network in networks:
                 network.compile()
@@ -763,6 +771,7 @@ class VAE_Model(nn.Module):
         except Exception as error:  # no compiler, no triton, an operator that it can't take: many kinds
             for network in networks:
                 network._compiled_call_impl = None
+            state["compiled"] = False
             self.say(f"torch.compile does not work here ({type(error).__name__}): going on without it")
         self.load_training_state(state)
 
@@ -856,7 +865,8 @@ class VAE_Model(nn.Module):
             "totals": self.totals, "learning_rate_sum": self.learning_rate_sum, "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds, "share_done": self.share_done(), "best_psnr": self.best_psnr,
             "history": [dict(row) for row in self.history], "train_frames": self.train_frames, "precision": self.precision,
-            "num_epoch": self.args.num_epoch, "ranks": ranks,
+            "num_epoch": self.args.num_epoch, "given": list(self.args.given), "device": self.device.type,
+            "compiled": self.compiled, "ranks": ranks,
         }
 
     def load_training_state(self, state):
@@ -868,7 +878,13 @@ class VAE_Model(nn.Module):
                 self.ema[name].copy_(value)
         self.optim.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        if self.args.precision == "auto" and self.precision != state["precision"] and state["device"] == self.device.type:
+            # a timing must not change the rest of a run
+            self.__dict__["_precision"], self.precision_reason = state["precision"], f"{state['precision']} as before the stop"
+            self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        if state["scaler"]:  # empty where nothing was scaled
+            self.scaler.load_state_dict(state["scaler"])
+        self.compiled = state["compiled"]
         self.current_epoch, self.tfr = state["epoch"], state["tfr"]
         self.kl_annealing.current_epoch = state["kl_epoch"]
         self.step, self.steps_done, self.epoch_coin = state["step"], state["steps_done"], state["epoch_coin"]
@@ -876,8 +892,6 @@ class VAE_Model(nn.Module):
         self.skipped_in_a_row = state["skipped_in_a_row"].to(self.device)
         self.learning_rate_sum, self.seconds, self.best_psnr = state["learning_rate_sum"], state["seconds"], state["best_psnr"]
         self.history = [dict(row) for row in state["history"]]
-        if self.args.precision == "auto":
-            self.__dict__["_precision"] = state["precision"]  # a timing must not change the rest of a run
         if self.rank >= len(state["ranks"]):
             return  # a rank that the run did not have: it draws from its own seed
         own = state["ranks"][self.rank]
@@ -1101,6 +1115,9 @@ def adopt_settings(args, names=None):
             setattr(args, name, settings[name])
         elif getattr(args, name) != settings[name]:
             console.say(f"--{name} {getattr(args, name)}: the checkpoint has {settings[name]}")
+    # a flag of the command line that began the run stays one
+    before = loaded["resume"].get("given") if isinstance(loaded.get("resume"), dict) else None
+    args.given = sorted({*args.given, *(name for name in before or () if name in names)})
     return loaded
 
 
@@ -1148,6 +1165,8 @@ def main(argv=None):
     model = VAE_Model(args)
     model.rank, model.world = rank, world
     model.load_checkpoint()
+    if args.resume and not last.exists():
+        model.say(f"--resume: there is no {last}, so this starts from " + (args.ckpt_path or "scratch"))
     if args.test and rank > 0:
         pass  # rank 0 alone validates
     elif args.test:
