@@ -107,7 +107,12 @@ def locked(folder):
     except ImportError:  # Windows has no fcntl; the folder is not guarded there
         yield
         return
-    with open(Path(folder) / ".lock", "w") as file:
+    try:
+        file = open(Path(folder) / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"--save_root {folder}: {error.strerror or error}; expected a folder that can be written") from None
+    with file:
+        os.register_at_fork(after_in_child=file.close)  # a loader process may outlive a killed run for seconds
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
