@@ -34,8 +34,8 @@ PAGE_BYTES = 9_500_000     # what report.html may weigh; above it, frames are st
 SILENT = {"save_root", "resume", "given", "test"}  # flags that say nothing about the training
 
 CAPTIONS = {
-    "loss_curves": "Training loss by epoch: total, MSE and KL, and beta under them on the same epochs. The total weighs KL with beta, "
-                   "so it moves with beta; MSE and KL by themselves do not.",
+    "loss_curves": "Training loss by epoch: total, MSE and KL, and beta under them on the same epochs. The total holds beta times KL, "
+                   "so totals of runs with different beta measure different things; MSE and KL can be compared.",
     "beta_schedules": "beta, the weight on KL, by epoch. Runs with the same schedule share a panel.",
     "teacher_forcing": "Teacher forcing ratio by epoch (line), the share of training steps that used ground truth (crosses), and the "
                        "training loss under them.",

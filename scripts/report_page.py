@@ -27,7 +27,7 @@ pre { background: var(--wash); border: 1px solid var(--line); border-radius: 4px
 details { margin: .35rem 0; }
 summary { cursor: pointer; font-size: .93rem; }
 figure { margin: 1.4rem 0; }
-figure img { display: block; max-width: 100%; height: auto; max-height: 1000px; }
+figure img { display: block; max-width: 100%; height: auto; }
 figcaption { margin-top: .4rem; max-width: 46rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .89rem; font-variant-numeric: tabular-nums; }
@@ -67,7 +67,7 @@ button:hover { background: var(--wash); }
   #player { background: white; }
   h2, h3 { break-after: avoid; break-inside: avoid; }
   figure, tr, #player, .pairs div { break-inside: avoid; }
-  figure img { max-height: 19cm; margin: 0 auto; }
+  figure img { width: auto; max-height: 19cm; margin: 0 auto; }
   .scroll { overflow: visible; }
   table { font-size: .8em; }
   th, td { padding: .2rem .4rem; }
