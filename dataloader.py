@@ -314,9 +314,9 @@ class Dataset_Dance(Dataset):
 
 
 def _quiet(worker):
-    """Workers leave Ctrl-C to the process that started them, and end at SIGTERM without a word."""
+    """Workers leave Ctrl-C and SIGTERM, which may come to the whole group, to the process that started them, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class PictureLoader(DataLoader):
