@@ -41,3 +41,12 @@ def tiny_run(tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "ckpt"
     Trainer.main(["--DR", str(tiny_data), "--save_root", str(folder), *TINY])
     return folder
+
+
+def in_process(main, *args):
+    """The exit status of a command's `main`, run in this process, which spares the seconds that importing torch takes."""
+    import console
+
+    with pytest.raises(SystemExit) as ended:
+        console.run(lambda: main([str(arg) for arg in args]))
+    return ended.value.code
