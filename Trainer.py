@@ -865,7 +865,7 @@ class VAE_Model(nn.Module):
             "totals": self.totals, "learning_rate_sum": self.learning_rate_sum, "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds, "share_done": self.share_done(), "best_psnr": self.best_psnr,
             "history": [dict(row) for row in self.history], "train_frames": self.train_frames, "precision": self.precision,
-            "num_epoch": self.args.num_epoch, "given": list(self.args.given), "device": self.device.type,
+            "num_epoch": self.args.num_epoch, "given": sorted(set(self.args.given) - OF_THE_MACHINE), "device": self.device.type,
             "compiled": self.compiled, "ranks": ranks,
         }
 
