@@ -12,8 +12,6 @@ import sys
 import threading
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit status by signal, as a shell reports it
 
 
@@ -75,6 +73,8 @@ class _Lines:
 
 def progress(iterable=None, **options):
     """tqdm(iterable, **options) on stderr: a live bar on a terminal, a line every 20 seconds in a file."""
+    from tqdm import tqdm  # here, so that scripts that show no bar run on a bare Python
+
     options.setdefault("dynamic_ncols", True)
     if not sys.stderr.isatty():
         options.update(file=_Lines(sys.stderr), mininterval=20, maxinterval=60, ascii=True, dynamic_ncols=False, ncols=120)
@@ -83,6 +83,8 @@ def progress(iterable=None, **options):
 
 def say(line):
     """Print a line without breaking a bar that is on the screen."""
+    from tqdm import tqdm
+
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
 
