@@ -1,0 +1,121 @@
+"""A run that is stopped and resumed ends with the bits of one that was not. `scripts/kill_test.py` is the long version."""
+
+import shutil
+
+import pytest
+import torch
+
+import Trainer
+from conftest import TINY, in_process
+from scripts.kill_test import compare, differences, kill_test, rows
+
+
+def train(data, folder, *flags):
+    return in_process(Trainer.main, "--DR", data, "--save_root", folder, *TINY, *flags)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_three_kills(tiny_data, tmp_path):
+    """SIGKILL at random moments, one at least inside a write, both recipes."""
+    equal, in_write, problems = kill_test(tiny_data, tmp_path, 3, variants=("pool", "template, loader processes"))
+    assert (equal, problems) == (3, [])
+    assert in_write >= 1
+
+
+def test_the_comparison_sees_one_bit(tiny_run, tmp_path):
+    copy = shutil.copytree(tiny_run, tmp_path / "copy")
+    assert compare(copy, tiny_run) == []
+    changed = load(copy / "last.ckpt")
+    changed["resume"]["pool"] = None
+    weights = changed["state_dict"]["Generator.7.bias"]
+    weights.view(torch.int32)[0] ^= 1
+    torch.save(changed, copy / "last.ckpt")
+    assert "last.ckpt['state_dict']['Generator.7.bias']" in compare(copy, tiny_run)
+    assert differences({"a": torch.zeros(1)}, {"a": -torch.zeros(1)}) == ["['a']"]  # equal as numbers, not as bits
+
+
+def test_a_finished_run_says_so(tiny_data, tiny_run, tmp_path, capsys):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert train(tiny_data, folder, "--resume") == 0
+    assert "all 2 epochs are done" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_from_scratch_where_there_is_nothing_to_resume(tiny_data, tiny_run, tmp_path, capsys):
+    assert train(tiny_data, tmp_path / "new", "--resume") == 0
+    assert "last.ckpt, so this starts from scratch" in capsys.readouterr().out
+    assert compare(tmp_path / "new", tiny_run) == []  # and --seed repeats a run to the bit
+
+
+def test_more_epochs_and_other_data_are_said(tiny_data, tiny_run, tmp_path, capsys):
+    data, folder = tmp_path / "data", shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.copytree(tiny_data, data, ignore=shutil.ignore_patterns(".frame_cache"))
+    for kind in ("img", "label"):
+        for number in range(56, 64):
+            (data / "train" / f"train_{kind}" / f"{number}.png").unlink()
+    assert train(data, folder, "--resume", "--num_epoch", 3) == 0
+    out = capsys.readouterr().out
+    assert "--num_epoch 3: the checkpoint has 2" in out
+    assert f"--DR {data}: the checkpoint has {tiny_data}" in out
+    assert "56 training frames, the checkpoint's run had 64" in out
+    assert [row["epoch"] for row in rows(folder / "history.csv")] == ["0", "1", "2"]
+    assert rows(folder / "history.csv")[:2] == rows(tiny_run / "history.csv")
+
+
+@pytest.mark.parametrize("flag, value", [("--F_dim", 32), ("--L_dim", 4), ("--N_dim", 8), ("--D_out_dim", 32)])
+def test_another_size_is_an_error(tiny_data, tiny_run, tmp_path, capsys, flag, value):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    before = (folder / "last.ckpt").read_bytes()
+    assert train(tiny_data, folder, "--resume", "--num_epoch", 3, flag, value) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "last.ckpt" in err and flag in err
+    assert (folder / "last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [("--pool", 16), ("--frame_H", 8)])
+def test_another_pool_or_frame_shape_goes_on(tiny_data, tiny_run, tmp_path, capsys, flags):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    assert train(tiny_data, folder, "--resume", "--num_epoch", 3, *flags) == 0
+    assert f"{flags[0]} {flags[1]}: the checkpoint has" in capsys.readouterr().out
+
+
+def test_going_on_from_any_checkpoint_of_ours(tiny_data, tiny_run, tmp_path):
+    assert train(tiny_data, tmp_path / "on", "--ckpt_path", tiny_run / "epoch=0.ckpt") == 0
+    assert differences(*(load(folder / "last.ckpt") for folder in (tmp_path / "on", tiny_run))) == []
+    assert rows(tmp_path / "on" / "history.csv") == rows(tiny_run / "history.csv")
+
+
+def test_a_shorter_command_line_resumes_the_same_run(tiny_data, tmp_path, capsys):
+    """Everything that says what to train comes from the checkpoint, --lr having been given included: --fast_train asks for it."""
+    flags = ("--fast_train", "--fast_train_epoch", 3, "--lr", 0.002, "--recipe", "template", "--train_vi_len", 4, "--num_epoch", 3)
+    assert train(tiny_data, tmp_path / "whole", *flags) == 0
+    folder = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.copy(folder / "epoch=0.ckpt", folder / "last.ckpt")
+    (folder / "history.csv").unlink()
+    assert in_process(Trainer.main, "--save_root", folder, "--resume", "--device", "cpu") == 0
+    assert rows(folder / "history.csv") == rows(tmp_path / "whole" / "history.csv")
+    assert differences(*(load(root / "last.ckpt") for root in (folder, tmp_path / "whole"))) == []
+
+
+def test_a_clock_does_not_decide_how_a_resumed_run_sums(tiny_data, tiny_run, tmp_path, capsys, monkeypatch):
+    """Whether networks are compiled, and the precision that `auto` found, stay as they were."""
+    monkeypatch.setattr(Trainer, "COMPILE_FRAMES", 0)
+    monkeypatch.setattr(Trainer, "pick_precision", lambda wanted, device: ("bf16", "bf16 as it was faster just now"))
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    assert load(folder / "last.ckpt")["resume"]["compiled"] is False
+    assert train(tiny_data, folder, "--resume", "--num_epoch", 3, "--precision", "auto") == 0
+    out = capsys.readouterr().out
+    assert "compiling" not in out and "fp32 as before the stop" in out
+    assert load(folder / "last.ckpt")["resume"]["precision"] == "fp32"
+
+
+def test_every_random_state_is_in_the_checkpoint(tiny_run):
+    resume = load(tiny_run / "last.ckpt")["resume"]
+    (rank,) = resume["ranks"]
+    assert {"torch", "coins", "pool"} <= rank.keys() and "generator" in rank["pool"]
+    assert rank["pool"]["pictures"].shape == (64, 3, 16, 32)
+    assert resume["ema"].keys() < load(tiny_run / "last.ckpt")["train_state_dict"].keys()
