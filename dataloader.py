@@ -74,8 +74,8 @@ def list_pictures(folder):
     folder = Path(folder)
     try:
         with os.scandir(folder) as entries:  # a link that points nowhere is kept, and named when it can't be read
-            paths = [folder / entry.name for entry in entries if not entry.name.startswith(".") and not entry.is_dir()
-                     and (entry.is_file() or entry.is_symlink())]
+            paths = [folder / entry.name for entry in entries if not entry.name.startswith(".")
+                     and (not os.path.isdir(entry) if entry.is_symlink() else entry.is_file())]
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}; expected a folder of pictures") from None
     numbered = {}

@@ -25,10 +25,8 @@ HISTORY = ("epoch", "lr", "tfr", "tf_share", "beta", "train_loss", "train_mse", 
 
 # what strangers' checkpoints hold beside tensors: NumPy numbers and parsed arguments, which can't run code
 _HARMLESS = [Namespace, np.dtype, np.ndarray] + [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
-for _package in ("core", "_core"):
-    _multiarray = getattr(getattr(np, _package, None), "multiarray", None)
-    if _multiarray is not None:
-        _HARMLESS += [(getattr(_multiarray, name), f"numpy.{_package}.multiarray.{name}") for name in ("scalar", "_reconstruct")]
+_HARMLESS += [(function, f"numpy.{package}.multiarray.{function.__name__}") for package in ("core", "_core")  # NumPy 1, NumPy 2
+              for function in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0])]
 
 
 # ---------------------------------------------------------------- writing
@@ -46,8 +44,14 @@ def make_folder(path, flag="--save_root"):
 
 def check_save_root(path):
     """UserError where a folder can't be made at `path`, before any long work; makes nothing."""
-    there = next(p for p in [Path(path), *Path(path).absolute().parents] if p.exists() or p.is_symlink())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # too long a name, a closed folder on the way, links in a circle
+        raise UserError(f"--save_root {path}: {error.strerror}; expected a folder that can be written") from None
+    there = next(p for p in [Path(path), *Path(path).absolute().parents] if os.path.lexists(p))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--save_root {path}: {there} is not a folder that can be written; expected one")
 
 
@@ -129,7 +133,7 @@ def read_checkpoint(path):
     under `optimizer` alone; a bare state_dict; `module.` prefixes of DataParallel; NumPy numbers; extra keys; tensors
     saved on any device (they arrive on the CPU). UserError for everything else, a file with code in it included.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; expected a checkpoint file")
     try:
         with torch.serialization.safe_globals(_HARMLESS):
