@@ -1,0 +1,454 @@
+"""Bad pictures, folders and flags: each works, or ends in one line that names the file, exit status 2, nothing written.
+
+The table at the end of the first half is the promise of docs/RELIABILITY.md, case by case.
+"""
+
+import ctypes
+import os
+import shutil
+import struct
+import subprocess
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_cli
+from PIL import Image
+from torchvision import transforms
+
+import console
+import Tester
+import Trainer
+from dataloader import Dataset_Dance, read_picture
+
+SIZES = ["--frame_H", "8", "--frame_W", "16", "--F_dim", "8", "--L_dim", "2", "--N_dim", "4", "--D_out_dim", "8", "--device", "cpu",
+         "--precision", "fp32", "--val_vi_len", "4", "--num_epoch", "1", "--num_workers", "0", "--kl_anneal_cycle", "1"]
+posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX file system")
+
+
+# ---------------------------------------------------------------- a data set to break, and what is expected of a command
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """8 training frames, 4 to validate, 2 test sequences of 4 poses; 20x10 pixels."""
+    root, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
+    counts = {"train/train_img": 8, "train/train_label": 8, "val/val_img": 4, "val/val_label": 4,
+              "test/test_img/0": 1, "test/test_img/1": 1, "test/test_label/0": 4, "test/test_label/1": 4}
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (10, 20, 3), dtype=np.uint8)).save(root / folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def data(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "data"))
+
+
+@pytest.fixture(scope="module")
+def trained(whole, tmp_path_factory):
+    """A checkpoint of the sizes above."""
+    folder = tmp_path_factory.mktemp("trained")
+    Trainer.main(["--DR", str(whole), "--save_root", str(folder), *SIZES, "--no_cache"])
+    return folder / "best.ckpt"
+
+
+def command(main, *argv):
+    """Exit status of main(argv), run as the command line runs it."""
+    with pytest.raises(SystemExit) as stop:
+        console.run(lambda: main([str(word) for word in argv]))
+    return stop.value.code
+
+
+def assert_refused(status, stderr, named, *absent):
+    """Exit status 2, one line that holds `named`, and none of the paths `absent` made."""
+    assert status == 2, stderr
+    assert stderr.count("\n") == 1 and named in stderr and "Traceback" not in stderr, stderr
+    for path in absent:
+        assert not Path(path).exists(), f"{path} was made"
+
+
+# ---------------------------------------------------------------- pictures by hand, as Pillow writes only some kinds
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width, height, depth, colour, content, interlaced=0, idat=slice(None)):
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(content)[idat]) + chunk(b"IEND", b"")
+
+
+def scanlines(pixels):
+    """Rows of bytes, each after the byte that says it is not filtered."""
+    return b"".join(b"\0" + row.tobytes() for row in pixels)
+
+
+PIXELS = np.random.default_rng(1).integers(0, 256, (10, 20, 3), dtype=np.uint8)
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+INTERLACED = png(20, 10, 8, 2, b"".join(scanlines(PIXELS[y::dy, x::dx]) for x, y, dx, dy in ADAM7), 1)
+GREY = PIXELS[:, :, :1].repeat(3, 2)
+GREY16 = (PIXELS[:, :, 0].astype(np.uint16) * 257).astype(">u2")
+BLACK_WHITE = np.where(PIXELS[:, :, :1] < 128, 0, 255).repeat(3, 2).astype(np.uint8)
+PALETTE = Image.fromarray(PIXELS).quantize(256)  # 200 pixels have at most 200 colours: nothing is lost
+
+
+def saved(image, **options):
+    """A function that writes the image in a picture's place."""
+    return lambda path: image.save(path, **options)
+
+
+def content(content):
+    return lambda path: path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
+
+
+def replaced_by(make):
+    def change(path):
+        path.unlink()
+        make(path)
+    return change
+
+
+# a picture of the training set is overwritten: what it must read as
+READABLE = {
+    "RGB": (saved(Image.fromarray(PIXELS)), PIXELS),
+    "palette": (saved(PALETTE), PIXELS),
+    "palette with a transparent colour": (saved(PALETTE, transparency=0), PIXELS),
+    "grey": (saved(Image.fromarray(PIXELS[:, :, 0])), GREY),
+    "grey with alpha": (saved(Image.fromarray(PIXELS[:, :, 0]).convert("LA")), GREY),
+    "alpha": (saved(Image.fromarray(np.dstack([PIXELS, PIXELS[:, :, 0]]))), PIXELS),
+    "16-bit grey": (content(png(20, 10, 16, 0, scanlines(GREY16))), GREY),
+    "16-bit colour": (content(png(20, 10, 16, 2, scanlines((PIXELS.astype(np.uint16) * 257).astype(">u2")))), PIXELS),
+    "1-bit": (saved(Image.fromarray(BLACK_WHITE).convert("1", dither=Image.Dither.NONE)), BLACK_WHITE),
+    "interlaced": (content(INTERLACED), PIXELS),
+    "a JPEG under the name of a PNG": (saved(Image.new("RGB", (20, 10), (90, 90, 90)), format="JPEG"), np.full((10, 20, 3), 90)),
+    "CMYK JPEG": (saved(Image.new("CMYK", (20, 10), (0, 0, 0, 155)), format="JPEG", quality=100), np.full((10, 20, 3), 100)),
+    "one pixel": (saved(Image.new("RGB", (1, 1), (1, 2, 3))), np.array([[[1, 2, 3]]])),
+}
+
+# a picture of the training set is overwritten: it can't be read, and is named
+UNREADABLE = {
+    "truncated": cut,
+    "zero-byte": content(b""),
+    "not a PNG": content(b"this is no picture"),
+    "claims 100000x100000": content(png(100_000, 100_000, 8, 2, b"\0" * 100)),
+    "claims 12000x10000": content(png(12_000, 10_000, 8, 2, b"\0" * 100)),
+    "claims 0x0": content(png(0, 0, 8, 2, b"")),
+    "half of its data with a good checksum": content(png(20, 10, 8, 2, scanlines(PIXELS), idat=slice(0, 200))),
+    "a damaged checksum": content(png(20, 10, 8, 2, scanlines(PIXELS)).replace(b"IDAT", b"IDAX")),
+    "a link that points nowhere": replaced_by(lambda path: path.symlink_to("nowhere.png")),
+    "a link to itself": replaced_by(lambda path: path.symlink_to(path.name)),
+    "a folder named like a picture": replaced_by(Path.mkdir),
+    "a pipe": replaced_by(lambda path: os.mkfifo(path)),
+}
+
+
+@pytest.mark.parametrize("case", READABLE)
+def test_readable_pictures(data, case):
+    write, pixels = READABLE[case]
+    path = data / "train/train_img/3.png"
+    write(path)
+    assert np.abs(np.asarray(read_picture(path), int) - pixels).max() <= (1 if "JPEG" in case else 0)
+    imgs, _ = Dataset_Dance(data, transforms.Compose([transforms.Resize((10, 20)), transforms.ToTensor()]), "train", 8)[0]
+    assert imgs.shape == (8, 3, 10, 20) and torch.allclose(imgs[3].mean(), torch.tensor(pixels.mean() / 255, dtype=torch.float32), atol=0.01)
+
+
+@posix
+@pytest.mark.parametrize("flags", [[], ["--no_cache"], ["--no_cache", "--recipe", "template", "--train_vi_len", "4"]], ids=" ".join)
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_unreadable_pictures(data, tmp_path, capfd, case, flags):
+    UNREADABLE[case](data / "train/train_img/3.png")
+    out = tmp_path / "out"
+    status = command(Trainer.main, "--DR", data, "--save_root", out, *SIZES, *flags)
+    lines = capfd.readouterr().err
+    if "template" in flags:  # nothing is decoded before the epoch that needs it
+        lines = "".join(line for line in lines.splitlines(True) if "|" not in line)
+        assert not list(out.glob("*.c*"))
+        assert_refused(status, lines, "3.png")
+    else:
+        assert_refused(status, lines, "3.png", out)
+    assert not list(data.rglob("*.part"))
+
+
+# ---------------------------------------------------------------- folders
+
+def rename(change, *folders):
+    """Rename every picture of these folders: change(number) is the new name."""
+    def apply(data):
+        for folder in folders or ("train/train_img", "train/train_label"):
+            for path in list((data / folder).iterdir()):
+                path.rename(path.with_name(change(int(path.stem))))
+    return apply
+
+
+def both(name, new=None):
+    """Remove or rename a training frame and its pose."""
+    def apply(data):
+        for folder in ("train/train_img", "train/train_label"):
+            path = data / "train" / Path(folder).name / name
+            path.rename(path.with_name(new)) if new else path.unlink()
+    return apply
+
+
+def on(path, action):
+    """Do something to one path of the data set."""
+    return lambda data: action(data / path)
+
+
+def file_in_place(path):
+    shutil.rmtree(path)
+    path.write_text("a file")
+
+
+def emptied(path):
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def duplicate(path):
+    shutil.copy(path, path.with_name(f"frame{path.stem}.png"))
+
+
+def add(*names):
+    """Put files that are no pictures into the training folders."""
+    def apply(data):
+        for folder in ("train/train_img", "train/train_label"):
+            for name in names:
+                (data / folder / name).write_bytes(b"not a picture")
+    return apply
+
+
+FINE = {
+    "as it is": lambda data: None,
+    "names like frame12.png": rename("frame{}.png".format),
+    "names like 007.png": rename("{:03d}.png".format),
+    "uppercase .PNG": rename("{}.PNG".format),
+    "Unicode names": rename("képkocka №{} 帧.png".format),
+    "digits of another script": rename(lambda i: f"{'٠١٢٣٤٥٦٧'[i]}.png"),
+    "names that are not UTF-8": rename(lambda i: os.fsdecode(b"\xff%d.png" % i)),
+    "names with spaces and newlines": rename(" a\nframe {} .png".format),
+    "other names for poses": rename("pose{}.png".format, "train/train_label"),
+    "numbers with gaps": rename(lambda i: f"{10 * i}.png"),
+    "a frame and its pose both missing": both("4.png"),
+    "hidden files": add(".DS_Store", "._3.png", ".3.png"),
+    "other files": add("Thumbs.db", "notes 1.txt", "README"),
+    "a folder beside the pictures": on("train/train_img/old", Path.mkdir),
+    "a folder behind a link": on("train", lambda path: (path.rename(path.with_name("elsewhere")), path.symlink_to("elsewhere"))),
+    "a picture behind a link": on("train/train_img/3.png", lambda path: (path.rename(path.parents[2] / "3"), path.symlink_to(path.parents[2] / "3"))),
+}
+
+# what is done to the data, flags, and what the one line must name
+WRONG = {
+    "a missing middle frame": (on("train/train_img/4.png", Path.unlink), [], "4.png"),
+    "a missing pose": (on("train/train_label/4.png", Path.unlink), [], "4.png"),
+    "one pose too many": (on("train/train_label/7.png", lambda path: shutil.copy(path, path.with_name("8.png"))), [], "8.png"),
+    "a missing frame to validate": (on("val/val_img/2.png", Path.unlink), [], "2.png"),
+    "duplicate numbers": (on("train/train_img/1.png", duplicate), [], "frame1.png"),
+    "duplicate numbers with zeros": (on("val/val_label/1.png", lambda path: shutil.copy(path, path.with_name("01.png"))), [], "01.png"),
+    "a name without an integer": (on("train/train_img/4.png", lambda path: path.rename(path.with_name("four.png"))), [], "four.png"),
+    "a name with two integers": (on("train/train_img/4.png", lambda path: path.rename(path.with_name("4 of 8.png"))), [], "4 of 8.png"),
+    "no data folder": (shutil.rmtree, [], "val_img"),
+    "a file for the data folder": (file_in_place, [], "val_img"),
+    "an empty data folder": (emptied, [], "val_img"),
+    "no train folder": (on("train", shutil.rmtree), [], "train_img"),
+    "no val folder": (on("val", shutil.rmtree), [], "val_img"),
+    "no pose folder": (on("train/train_label", shutil.rmtree), [], "train_label"),
+    "an empty frame folder": (on("train/train_img", emptied), [], "train_img"),
+    "an empty pose folder": (on("val/val_label", emptied), [], "val_label"),
+    "a file in a folder's place": (on("train/train_img", file_in_place), [], "train_img"),
+    "only other files": (on("val/val_img", lambda path: (emptied(path), (path / "1.txt").touch())), [], "val_img"),
+    "a link to a folder that points nowhere": (on("val", lambda path: (shutil.rmtree(path), path.symlink_to("nowhere"))), [], "val_img"),
+    "validation shorter than val_vi_len": (lambda data: None, ["--val_vi_len", "5"], "val_img"),
+    "too few frames for one window": (lambda data: None, ["--train_vi_len", "9"], "train_img"),
+    "too few frames for one window of the template": (lambda data: None, ["--recipe", "template"], "train_img"),
+    "too small a share for one window": (lambda data: None, ["--recipe", "template", "--train_vi_len", "4", "--partial", "0.3"], "train_img"),
+    "too small a first share": (lambda data: None, ["--recipe", "template", "--train_vi_len", "4", "--batch_size", "1", "--fast_train",
+                                                    "--fast_partial", "0.3"], "train_img"),
+    "too few windows for a batch": (lambda data: None, ["--recipe", "template", "--train_vi_len", "4", "--batch_size", "3"], "--batch_size"),
+    "a batch larger than the pool": (lambda data: None, ["--batch_size", "5", "--pool", "4"], "--batch_size"),
+}
+
+
+@posix
+@pytest.mark.parametrize("case", FINE)
+def test_fine_folders(data, whole, case):
+    FINE[case](data)
+    plain = transforms.ToTensor()
+    imgs, labels = Dataset_Dance(data, plain, "train", 7)[0]
+    index = [i for i in range(8) if i != 4][:7] if "both missing" in case else range(7)
+    expected = Dataset_Dance(whole, plain, "train", 8)[0]
+    assert torch.equal(imgs, expected[0][list(index)]) and torch.equal(labels, expected[1][list(index)])
+
+
+@posix
+def test_all_that_is_fine_at_once_trains(data, tmp_path):
+    for case in ("names that are not UTF-8", "hidden files", "other files", "a folder behind a link"):
+        FINE[case](data)
+    assert command(Trainer.main, "--DR", data, "--save_root", tmp_path / "out", *SIZES) == 0
+    assert (tmp_path / "out" / "best.ckpt").exists()
+
+
+@posix
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_folders(data, tmp_path, capfd, case):
+    damage, flags, named = WRONG[case]
+    damage(data)
+    before = sorted(data.rglob("*")) if data.is_dir() else data.exists()
+    out = tmp_path / "out"
+    status = command(Trainer.main, "--DR", data, "--save_root", out, *SIZES, *flags)
+    assert_refused(status, capfd.readouterr().err, named, out)
+    assert before == (sorted(data.rglob("*")) if data.is_dir() else data.exists())  # no cache is made for data that is wrong
+
+
+@pytest.mark.parametrize("flags", [["--no_cache"], []], ids=["no_cache", "cache"])
+@pytest.mark.parametrize("case", ["no data folder", "a missing frame to validate", "validation shorter than val_vi_len"])
+def test_wrong_folders_when_validating(data, trained, tmp_path, capfd, case, flags):
+    damage, more, named = WRONG[case]
+    damage(data)
+    status = command(Trainer.main, "--DR", data, "--save_root", tmp_path / "out", "--ckpt_path", trained, "--test", *more, *flags)
+    assert_refused(status, capfd.readouterr().err, named, tmp_path / "out")
+
+
+TEST_WRONG = {
+    "a pose too few": (on("test/test_label/1/3.png", Path.unlink), "test_label/1"),
+    "a pose too many": (on("test/test_label/0/3.png", lambda path: shutil.copy(path, path.with_name("4.png"))), "test_label/0"),
+    "two first frames": (on("test/test_img/1/0.png", lambda path: shutil.copy(path, path.with_name("1.png"))), "test_img/1"),
+    "no first frame": (on("test/test_img/1/0.png", Path.unlink), "test_img/1"),
+    "a sequence without first frame": (on("test/test_img/1", shutil.rmtree), "test_label/1"),
+    "a sequence without poses": (on("test/test_label/1", shutil.rmtree), "test_label/1"),
+    "no test folder": (on("test", shutil.rmtree), "test_img"),
+    "no sequence": (on("test/test_img", emptied), "test_img"),
+    "a broken pose": (on("test/test_label/1/2.png", cut), "2.png"),
+    "a broken first frame": (on("test/test_img/0/0.png", content(b"")), "0.png"),
+    "a pose with two numbers": (on("test/test_label/0/2.png", lambda path: path.rename(path.with_name("2-2.png"))), "2-2.png"),
+}
+
+
+@pytest.mark.parametrize("case", TEST_WRONG)
+def test_wrong_test_folders(data, trained, tmp_path, capfd, case):
+    damage, named = TEST_WRONG[case]
+    damage(data)
+    out = tmp_path / "out"
+    status = command(Tester.main, "--DR", data, "--save_root", out, "--ckpt_path", trained, "--device", "cpu")
+    assert_refused(status, capfd.readouterr().err, str(Path(named)), out)
+
+
+# ---------------------------------------------------------------- folders to write to
+
+WRITE_WRONG = {
+    "save_root is a file": (["--save_root", "file"], "--save_root"),
+    "save_root below a file": (["--save_root", "file/below/it"], "--save_root"),
+    "save_root is a link that points nowhere": (["--save_root", "link"], "--save_root"),
+    "save_root has too long a name": (["--save_root", "x" * 300], "--save_root"),
+    "cache_dir is a file": (["--save_root", "out", "--cache_dir", "file"], "--cache_dir"),
+    "cache_dir below a file": (["--save_root", "out", "--cache_dir", "file/below"], "--cache_dir"),
+    "cache_dir has too long a name": (["--save_root", "out", "--cache_dir", "x" * 300], "--cache_dir"),
+    "data folder has too long a name": (["--save_root", "out", "--DR", "x" * 300], "val_img"),
+    "checkpoint has too long a name": (["--save_root", "out", "--ckpt_path", "x" * 300], "xxx"),
+    "no save_root": ([], "--save_root"),
+    "no data folder given": (["--save_root", "out", "--DR", ""], "val_img"),
+}
+
+
+@posix
+@pytest.mark.parametrize("case", WRITE_WRONG)
+def test_folders_that_cannot_be_written(whole, tmp_path, monkeypatch, capfd, case):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("keep me")
+    Path("link").symlink_to("nowhere/at/all")
+    flags, named = WRITE_WRONG[case]
+    status = command(Trainer.main, "--DR", whole, *SIZES, *flags)
+    assert_refused(status, capfd.readouterr().err, named)
+    assert sorted(os.listdir()) == ["file", "link"] and Path("file").read_text() == "keep me"
+
+
+def test_a_damaged_cache_is_made_anew(data, tmp_path):
+    def flags(out):
+        return ["--DR", data, "--save_root", tmp_path / out, *SIZES, "--cache_dir", tmp_path / "cache"]
+
+    assert command(Trainer.main, *flags("whole")) == 0
+    caches = sorted((tmp_path / "cache").glob("*.npy"))
+    contents = [path.read_bytes() for path in caches]
+    assert len(caches) == 4
+    damages = [b"", contents[1][:-1], b"PK\3\4" + contents[2], contents[0][:60] + b"\xff" * 100]
+    for path, damage in zip(caches, damages):
+        path.write_bytes(damage)
+    assert command(Trainer.main, *flags("again")) == 0
+    assert [path.read_bytes() for path in caches] == contents
+    assert sorted((tmp_path / "cache").iterdir()) == caches
+
+
+# ---------------------------------------------------------------- another user, real commands
+
+def without_privilege():
+    """In a child of root: give up what lets root pass permissions (another uid may not reach Python or the repository)."""
+    if os.geteuid() == 0:
+        libc, PR_CAPBSET_DROP = ctypes.CDLL(None, use_errno=True), 24
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            if libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0):
+                raise OSError(ctypes.get_errno(), "prctl")
+
+
+def run_without_privilege(script, *args, **env):
+    """A command that permissions stop, also where the tests run as root."""
+    try:
+        return run_cli(script, *args, env=env, preexec_fn=without_privilege)
+    except (subprocess.SubprocessError, AttributeError):
+        pytest.skip("runs as root and can't give that up here")
+
+
+@pytest.fixture
+def closing():
+    """closing(path, mode): change permissions until the test is over."""
+    closed = []
+    yield lambda path, mode: (closed.append((path, path.stat().st_mode)), path.chmod(mode))
+    for path, mode in reversed(closed):
+        path.chmod(mode)
+
+
+@posix
+def test_read_only_data(data, tmp_path, closing):
+    closing(data, 0o555)
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = dict(HOME=str(home), XDG_CACHE_HOME="", MPLCONFIGDIR=str(tmp_path))
+    done = run_without_privilege("Trainer.py", "--DR", data, "--save_root", tmp_path / "out", *SIZES, **environment)
+    assert done.returncode == 0, done.stderr
+    assert len(list((home / ".cache" / "pose-conditioned-vae").glob("*.npy"))) == 4
+    assert not (data / ".frame_cache").exists()
+
+    closing(home, 0o555)  # nowhere to keep the frames: they are decoded into memory
+    environment["HOME"] = str(home / "none")
+    done = run_without_privilege("Trainer.py", "--DR", data, "--save_root", tmp_path / "out2", *SIZES, **environment)
+    assert done.returncode == 0, done.stderr
+
+
+@posix
+def test_closed_folders(data, tmp_path, closing):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closing(closed, 0o000)
+    closing(data / "train" / "train_img", 0o000)
+    cases = [(["--DR", data, "--save_root", tmp_path / "out"], "train_img"),
+             (["--DR", closed, "--save_root", tmp_path / "out"], "closed"),
+             (["--DR", data, "--save_root", closed], "--save_root"),
+             (["--DR", data, "--save_root", closed / "below"], "--save_root"),
+             (["--DR", data, "--save_root", tmp_path / "out", "--ckpt_path", closed / "best.ckpt"], "best.ckpt")]
+    for flags, named in cases:
+        done = run_without_privilege("Trainer.py", *flags, *SIZES)
+        assert_refused(done.returncode, done.stderr, named, tmp_path / "out")
+
+
+def test_the_commands_themselves(data, tmp_path):
+    cut(data / "train/train_img/3.png")
+    done = run_cli("Trainer.py", "--DR", data, "--save_root", tmp_path / "out", *SIZES)
+    assert_refused(done.returncode, done.stderr, "3.png", tmp_path / "out")
+    done = run_cli("Tester.py", "--ckpt_path", data / "train/train_img/3.png")
+    assert_refused(done.returncode, done.stderr, "3.png", data / "train/train_img/test")
