@@ -1,0 +1,165 @@
+"""What is on disk stays whole: half-written files, a full disk, two runs in one folder, a reader at work."""
+
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import Trainer
+import records
+from conftest import TINY, in_process
+from scripts.kill_test import compare
+
+fork = multiprocessing.get_context("fork")  # a child of a test need not import torch again
+
+
+def train(data, folder, *flags):
+    return in_process(Trainer.main, "--DR", data, "--save_root", folder, *TINY, *flags)
+
+
+def in_child(function, *args):
+    """The exit code of a forked process that calls a function; minus the signal that killed it."""
+    child = fork.Process(target=function, args=args)
+    child.start()
+    child.join(60)
+    return child.exitcode
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+
+
+# ---------------------------------------------------------------- half-written files
+
+def die_half_way(path, checkpoint):
+    def half(checkpoint, aside):
+        save(checkpoint, aside)
+        os.truncate(aside, os.path.getsize(aside) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    save, torch.save = torch.save, half
+    records.write_checkpoint(path, checkpoint)
+
+
+def test_a_kill_in_the_middle_of_a_write(tiny_data, tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    before = contents(folder)
+    assert in_child(die_half_way, folder / "last.ckpt", {"state_dict": {"x": torch.zeros(10_000)}}) == -signal.SIGKILL
+    (leftover,) = contents(folder).keys() - before.keys()
+    assert ".part" in leftover and contents(folder)["last.ckpt"] == before["last.ckpt"]
+    assert records.read_checkpoint(folder / "last.ckpt")["last_epoch"] == 1
+    assert train(tiny_data, folder, "--resume", "--num_epoch", 3) == 0
+    assert not list(folder.glob(".*.part*"))  # the next run clears up
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "history.csv"
+    path.write_text("old")
+    with pytest.raises(records.UserError if isinstance(error, OSError) else KeyboardInterrupt):
+        with records.atomic(path) as aside:
+            aside.write_text("half")
+            raise error
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def poll(path, running, results):
+    """Read a checkpoint over and over; put how often, or what was wrong with it."""
+    reads, epochs = 0, set()
+    try:
+        while running.is_set():
+            if path.exists():
+                epochs.add(torch.load(path, weights_only=True)["resume"]["steps_done"])
+                reads += 1
+    except Exception as error:
+        results.put(repr(error))
+    results.put((reads, len(epochs)))
+
+
+def test_a_reader_never_sees_half_a_file(tiny_data, tmp_path):
+    running, results = fork.Event(), fork.Queue()
+    running.set()
+    child = fork.Process(target=poll, args=(tmp_path / "run" / "last.ckpt", running, results))
+    child.start()
+    assert train(tiny_data, tmp_path / "run", "--save_every_steps", 1) == 0
+    running.clear()
+    reads, versions = results.get(timeout=60)  # two numbers, not an error
+    child.join()
+    assert reads >= 10 and versions >= 5
+
+
+# ---------------------------------------------------------------- a full disk
+
+@contextmanager
+def files_up_to(size):
+    """Inside, no file can grow beyond `size` bytes; to a program it looks like a full disk (Python ignores SIGXFSZ)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size, what", [(60_000, "last.ckpt"), (0, "history.csv")])
+def test_a_full_disk(tiny_data, tiny_run, tmp_path, capsys, size, what):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    before = contents(folder)
+    assert len(before["last.ckpt"]) > 60_000
+    steps = ("--save_every_steps", 5) if what == "last.ckpt" else ()
+    with files_up_to(size):
+        status = train(tiny_data, folder, "--resume", "--num_epoch", 3, *steps)
+    err = [line for line in capsys.readouterr().err.splitlines() if "error" in line or "Traceback" in line]
+    assert status == 2 and len(err) == 1 and what in err[0] and "expected room" in err[0]
+    assert contents(folder) == before  # every file as it was, nothing left behind
+    assert train(tiny_data, folder, "--resume", "--num_epoch", 3) == 0  # and with room it goes on
+
+
+def test_a_full_disk_in_the_middle_of_the_files_of_an_epoch(tiny_data, tiny_run, tmp_path, capsys):
+    """Pictures and tables were written, the checkpoint was not: going on gives the files of a run that had room."""
+    with files_up_to((tiny_run / "last.ckpt").stat().st_size - 2000):
+        assert train(tiny_data, tmp_path / "run") == 2
+    assert not list((tmp_path / "run").glob(".*.part*")) and (tmp_path / "run" / "val_pred.gif").exists()
+    assert train(tiny_data, tmp_path / "run", "--resume") == 0
+    assert compare(tmp_path / "run", tiny_run) == []
+
+
+# ---------------------------------------------------------------- two runs in one folder
+
+def test_a_folder_that_another_run_holds(tiny_data, tiny_run, tmp_path, capsys):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    before = contents(folder)
+    with records.locked(folder):
+        assert train(tiny_data, folder, "--resume", "--num_epoch", 3) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"--save_root {folder}" in err and "another run" in err
+    assert contents(folder) == before
+
+
+def hold_with_a_child(folder, ready):
+    with records.locked(folder):
+        if os.fork() == 0:
+            time.sleep(20)  # as a loader process that has not noticed yet
+            os._exit(0)
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_killed_run_lets_go_at_once(tmp_path):
+    """Also where it had loader processes, which outlive it for seconds."""
+    ready = fork.Event()
+    holder = fork.Process(target=hold_with_a_child, args=(tmp_path, ready))
+    holder.start()
+    assert ready.wait(30)
+    with pytest.raises(records.UserError, match="another run"), records.locked(tmp_path):
+        pass
+    holder.kill()
+    holder.join()
+    with records.locked(tmp_path):
+        pass

@@ -1,0 +1,82 @@
+"""SIGTERM and Ctrl-C save and stop, in training and in validation, and what goes on from there ends with the same bits."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import Trainer
+from conftest import ROOT, TINY, in_process
+from scripts.kill_test import compare
+
+RECIPES = {"pool": (), "template": ("--recipe", "template", "--train_vi_len", "4", "--tfr", "0.6")}
+
+
+def train(data, folder, *flags):
+    return in_process(Trainer.main, "--DR", data, "--save_root", folder, *TINY, *flags)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_data, tiny_run, tmp_path_factory):
+    """Folders of runs that nobody stopped, by recipe."""
+    folder = tmp_path_factory.mktemp("whole") / "template"
+    assert train(tiny_data, folder, *RECIPES["template"]) == 0
+    return {"pool": tiny_run, "template": folder}
+
+
+def send_at(monkeypatch, method, call, number):
+    """Send this process a signal when a method of the model is called for the `call`th time."""
+    original, calls = getattr(Trainer.VAE_Model, method), []
+
+    def wrapped(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer.VAE_Model, method, wrapped)
+
+
+@pytest.mark.parametrize("recipe, method, call, number, status", [
+    ("pool", "training_one_step", 3, signal.SIGTERM, 143), ("template", "training_one_step", 11, signal.SIGINT, 130),
+    ("pool", "val_one_step", 2, signal.SIGINT, 130), ("template", "val_one_step", 1, signal.SIGTERM, 143),
+    ("pool", "write", 1, signal.SIGTERM, 143)])
+def test_a_signal_saves_stops_and_the_rest_is_the_same(tiny_data, whole, tmp_path, capsys, monkeypatch, recipe, method, call, number, status):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        send_at(patch, method, call, number)
+        assert train(tiny_data, folder, *RECIPES[recipe]) == status
+    out, err = capsys.readouterr()
+    assert "saved; go on with: python " in out and out.rstrip().endswith("--resume")
+    assert "Traceback" not in err and not list(folder.glob(".*.part*"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a process that trains in a notebook gets its handlers back
+    assert train(tiny_data, folder, *RECIPES[recipe], "--resume") == 0
+    assert compare(folder, whole[recipe]) == []
+
+
+def start(data, folder, *flags, until):
+    """A run in a process group of its own, as a shell or `timeout` starts it, when its output has said `until`."""
+    command = [sys.executable, str(ROOT / "Trainer.py"), "--DR", str(data), "--save_root", str(folder), *TINY, *flags]
+    log = folder.with_suffix(".log")
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    deadline = time.monotonic() + 90
+    while until not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process, log
+
+
+def test_a_signal_to_the_whole_group(tiny_data, tmp_path):
+    """`timeout`, a terminal's Ctrl-C and batch systems signal the loader processes too; the run must still save."""
+    flags = ("--recipe", "template", "--train_vi_len", "2", "--no_cache", "--num_workers", "2", "--num_epoch", "1000")
+    term, term_log = start(tiny_data, tmp_path / "term", *flags, until="epoch 0:")
+    os.killpg(term.pid, signal.SIGTERM)
+    assert term.wait(60) == 143
+    interrupt, interrupt_log = start(tiny_data, tmp_path / "int", *flags, until="epoch 0:")
+    os.killpg(interrupt.pid, signal.SIGINT)
+    assert interrupt.wait(60) == 130
+    for log in (term_log, interrupt_log):
+        assert "saved; go on with: python " in log.read_text() and "Traceback" not in log.read_text()
