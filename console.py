@@ -5,7 +5,6 @@ Tester.py is defined, once; a flag on the command line beats the recipe, the rec
 """
 
 import argparse
-import math
 import re
 import signal
 import sys
@@ -89,20 +88,31 @@ def say(line):
     sys.stdout.flush()
 
 
-def number(kind, low, high=math.inf, *, above=False, multiple=1):
-    """An argparse type: an int or float with low <= value <= high (low < value where `above`), never NaN or infinite."""
+def number(kind, low, high=None, *, above=False, multiple=1):
+    """An argparse type: an int or float with low <= value <= high (low < value where `above`), never NaN or infinite.
+
+    Without `high` an int is at most a thousand million, and a float is finite.
+    """
+    high = (10**9 if kind is int else sys.float_info.max) if high is None else high
 
     def convert(text):
         value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high or value in (math.inf, -math.inf):
-            bounds = f"above {low}" if above else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}" + ("" if high == math.inf else f" and at most {high}"))
+        if not (low < value if above else low <= value) or not value <= high:
+            bounds = (f"above {low}" if above else f"of at least {low}") + ("" if high == sys.float_info.max else f" and at most {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {convert.__name__} {bounds}")
         if multiple > 1 and value % multiple:
             raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of {multiple}")
         return value
 
     convert.__name__ = {int: "whole number", float: "number"}[kind]  # argparse names the type in its message
     return convert
+
+
+def path(text):
+    """An argparse type: a path. The empty one, as an unset shell variable gives it, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a path")
+    return text
 
 
 class Parser(argparse.ArgumentParser):
@@ -198,13 +208,13 @@ def build_parser(prog, description):
                           "and the README. Flags of training are taken by Tester.py for compatibility and change nothing there.")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--DR", metavar="DIR", help="data folder, with train/, val/ and test/ in it")
-    data.add_argument("--save_root", metavar="DIR", help="folder for checkpoints, history and pictures")
+    data.add_argument("--DR", type=path, metavar="DIR", help="data folder, with train/, val/ and test/ in it")
+    data.add_argument("--save_root", type=path, metavar="DIR", help="folder for checkpoints, history and pictures")
     data.add_argument("--frame_H", type=number(int, 4, 4096), default=32, metavar="N", help="height that pictures are resized to")
     data.add_argument("--frame_W", type=number(int, 4, 4096), default=64, metavar="N", help="width that pictures are resized to")
     data.add_argument("--num_workers", type=number(int, 0, 256), default=4, metavar="N", help="threads or processes that decode pictures")
     data.add_argument("--no_cache", action="store_true", help="decode every picture whenever it is used, as the template does")
-    data.add_argument("--cache_dir", metavar="DIR", help="where decoded frames are kept (None: .frame_cache beside the data, else the user's cache folder)")
+    data.add_argument("--cache_dir", type=path, metavar="DIR", help="where decoded frames are kept (None: .frame_cache beside the data, else the user's cache folder)")
     data.add_argument("--partial", type=number(float, 0, 1, above=True), default=1.0, metavar="SHARE", help="share of the training data an epoch sees")
     data.add_argument("--fast_train", action="store_true", help="fewer data and a larger learning rate in the first epochs")
     data.add_argument("--fast_partial", type=number(float, 0, 1, above=True), default=0.4, metavar="SHARE", help="share of the training data in the first epochs of --fast_train")
@@ -225,12 +235,12 @@ def build_parser(prog, description):
     training.add_argument("--lr", type=number(float, 0, 10, above=True), default=0.001, metavar="RATE", help="learning rate at its peak; given, --fast_train does not raise it")
     training.add_argument("--optim", choices=("Adam", "AdamW"), default="Adam", help="optimizer")
     training.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: the template's, a tenth from epochs 2 and 5 on; cosine: warm-up, then down to 0 over the run")
-    training.add_argument("--num_epoch", type=number(int, 1), default=70, metavar="N", help="epochs in all")
-    training.add_argument("--max_minutes", type=number(float, 0, above=True), metavar="M", help="end within M minutes, with every schedule fitted to them (None: no limit)")
+    training.add_argument("--num_epoch", type=number(int, 1, 100_000), default=70, metavar="N", help="epochs in all")
+    training.add_argument("--max_minutes", type=number(float, 0, 1e6, above=True), metavar="M", help="end within M minutes, with every schedule fitted to them (None: no limit)")
     training.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, metavar="S", help="seed of weights, order, coins and noise")
     training.add_argument("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY", help="validate and keep an exponential average of the weights (0: the weights themselves)")
     training.add_argument("--refresh_norm", action="store_true", help="recompute BatchNorm's statistics over the training poses before validating and saving")
-    training.add_argument("--pool", type=number(int, 0), default=0, metavar="LANES", help="running rollouts that give the training windows their past frame (0: windows start from ground truth)")
+    training.add_argument("--pool", type=number(int, 0, 65536), default=0, metavar="LANES", help="running rollouts that give the training windows their past frame (0: windows start from ground truth)")
     training.add_argument("--next_share", type=number(float, 0, 1), default=0.5, metavar="SHARE", help="chance that a lane of the pool goes on to the next frame, else to a random one of its clip")
 
     forcing = parser.add_argument_group("teacher forcing")
@@ -243,7 +253,7 @@ def build_parser(prog, description):
     kl.add_argument("--kl_anneal_type", type=kl_anneal_type, default="Cyclical", metavar="TYPE", help="Cyclical, Monotonic or None (beta is 1 throughout)")
     kl.add_argument("--kl_anneal_cycle", type=number(int, 1), default=10, metavar="N", help="cycles of Cyclical")
     kl.add_argument("--kl_anneal_ratio", type=number(float, 0, 1, above=True), default=1.0, metavar="SHARE", help="share of a cycle in which beta climbs")
-    kl.add_argument("--kl_weight", type=number(float, 0), default=1.0, metavar="W", help="weight of a nat of KL beside the mean squared error, times beta")
+    kl.add_argument("--kl_weight", type=number(float, 0, 1e6), default=1.0, metavar="W", help="weight of a nat of KL beside the mean squared error, times beta")
 
     running = parser.add_argument_group("running")
     running.add_argument("--device", type=device_name, metavar="DEVICE", help="cuda, cuda:N, cpu or mps (None: cuda where there is one, else cpu)")
@@ -251,7 +261,7 @@ def build_parser(prog, description):
     running.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: what is fastest on this machine, printed at the start")
     running.add_argument("--no_compile", action="store_true", help="never use torch.compile")
     running.add_argument("--checkpoint_steps", action="store_true", help="recompute activations step by step in the backward pass: long windows in less memory")
-    running.add_argument("--ckpt_path", metavar="FILE", help="checkpoint to load; training goes on from it")
+    running.add_argument("--ckpt_path", type=path, metavar="FILE", help="checkpoint to load; training goes on from it")
     running.add_argument("--resume", action="store_true", help="go on from save_root/last.ckpt, from scratch where there is none")
     running.add_argument("--test", action="store_true", help="Trainer: validate --ckpt_path and stop; Tester does nothing else anyway")
     running.add_argument("--per_save", type=number(int, 1), default=3, metavar="N", help="keep epoch={n}.ckpt when n is a multiple of N")
