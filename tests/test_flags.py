@@ -1,0 +1,170 @@
+"""The flags: every one has a help and a checked range, what beats what, and the README's table of them.
+
+    python tests/test_flags.py          # prints the table for the README
+"""
+
+import argparse
+import re
+import sys
+
+import pytest
+
+if __name__ != "__main__":
+    from conftest import ROOT
+else:
+    from pathlib import Path
+
+    ROOT = Path(__file__).resolve().parent.parent
+    sys.path.insert(0, str(ROOT))
+
+import console
+import Tester
+import Trainer
+
+PARSERS = {"Trainer": Trainer.build_parser, "Tester": Tester.build_parser}
+TEMPLATE = dict(
+    batch_size=2, lr=0.001, optim="Adam", gpu=1, test=False, num_workers=4, num_epoch=70, per_save=3, partial=1.0, train_vi_len=16,
+    val_vi_len=630, frame_H=32, frame_W=64, F_dim=128, L_dim=32, N_dim=12, D_out_dim=192, tfr=1.0, tfr_sde=10, tfr_d_step=0.1,
+    ckpt_path=None, fast_train=False, fast_partial=0.4, fast_train_epoch=5, kl_anneal_type="Cyclical", kl_anneal_cycle=10,
+    kl_anneal_ratio=1)
+ONLY = {"store_visualization": "Trainer", "no_sanity": "Tester", "make_gif": "Tester"}
+
+
+def actions(program):
+    return [action for action in PARSERS[program]()._actions if action.dest != "help"]
+
+
+ALL = {action.dest: action for program in PARSERS for action in actions(program)}
+
+# values that each flag refuses; every flag that takes one must be here
+NUMBERS = ["abc", "", "nan", "inf", "1e999", "0x10", "1,5"]
+WHOLE = [*NUMBERS, "1.5", "-1", "99999999999999999999"]
+SHARE = [*NUMBERS, "-0.1", "1.1"]
+REFUSED = {
+    **dict.fromkeys(("DR", "save_root", "cache_dir", "ckpt_path"), [""]),
+    **dict.fromkeys(("frame_H", "frame_W"), [*WHOLE, "0", "3", "4097"]),
+    **dict.fromkeys(("F_dim", "D_out_dim"), [*WHOLE, "0", "4", "12", "8200"]),
+    "L_dim": [*WHOLE, "0", "1", "3"],
+    "N_dim": [*WHOLE, "0", "2", "6"],
+    "num_workers": [*WHOLE, "257"],
+    **dict.fromkeys(("batch_size", "kl_anneal_cycle", "gpu", "per_save"), [*WHOLE, "0"]),
+    "num_epoch": [*WHOLE, "0", "100001"],
+    **dict.fromkeys(("train_vi_len", "val_vi_len"), [*WHOLE, "0", "1"]),
+    **dict.fromkeys(("fast_train_epoch", "tfr_sde", "save_every_steps"), WHOLE),
+    "pool": [*WHOLE, "65537"],
+    "seed": [*WHOLE, str(2**31)],
+    "rollouts": [*WHOLE, "0", "65"],
+    **dict.fromkeys(("partial", "fast_partial", "kl_anneal_ratio"), [*SHARE, "0"]),
+    **dict.fromkeys(("tfr", "tfr_d_step", "next_share"), SHARE),
+    "ema": [*SHARE, "1"],
+    "lr": [*NUMBERS, "0", "-0.001", "10.1"],
+    "kl_weight": [*NUMBERS, "-1", "1e7"],
+    "max_minutes": [*NUMBERS, "0", "-1", "1e7"],
+    "device": ["", "gpu", "cuda:", "cuda:x", "cpu:1", "CPU"],
+    "kl_anneal_type": ["", "Cosine", "Cyclical "],
+    **dict.fromkeys(("output", "recipe", "optim", "schedule", "tf_coin", "precision", "z"), ["", "none of these", "ADAM"]),
+}
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_no_flag_is_required_and_every_flag_has_a_help(program):
+    parser = PARSERS[program]()
+    assert isinstance(parser, argparse.ArgumentParser)
+    parser.parse_args([])
+    assert all(action.help and not action.required for action in parser._actions)
+    text = parser.format_help()
+    assert all(f"--{action.dest}" in text for action in actions(program))
+    assert "change nothing there" in " ".join(text.split())  # the Tester takes flags of training for compatibility
+
+
+def test_every_flag_that_takes_a_value_has_a_checked_range():
+    assert {dest for dest, action in ALL.items() if action.nargs != 0} == REFUSED.keys()
+    assert all(action.type or action.choices for action in ALL.values() if action.nargs != 0)
+
+
+@pytest.mark.parametrize("dest", REFUSED)
+def test_values_out_of_range(dest, capsys):
+    for value in REFUSED[dest]:
+        for program, build in PARSERS.items():
+            with pytest.raises(SystemExit) as stop:
+                build().parse_args([f"--{dest}={value}"])
+            stderr = capsys.readouterr().err
+            assert stop.value.code == 2 and stderr.count("\n") == 1 and f"--{dest}" in stderr, (value, stderr)
+            assert stderr.startswith(f"{program}.py: error:")
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--fast_train=1"], "--fast_train"), (["--tfr"], "--tfr"), (["--unknown", "1"], "--unknown"), (["--batch", "2"], "--batch"),
+    (["--lr", "-inf"], "--lr"), (["stray"], "stray"), (["two\nlines"], "two lines"), (["--recipe", "two\nlines"], "--recipe")])
+@pytest.mark.parametrize("main", [Trainer.main, Tester.main])
+def test_words_that_are_no_flags(words, named, main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and stderr.count("\n") == 1 and named in stderr
+
+
+@pytest.mark.parametrize("main, flags, named", [
+    (Trainer.main, [], "--save_root"), (Trainer.main, ["--save_root", "out"], "--DR"), (Tester.main, [], "--ckpt_path"),
+    (Tester.main, ["--DR", "d", "--save_root", "out"], "--ckpt_path"), (Trainer.main, ["--save_root", "out", "--test"], "--ckpt_path"),
+    (Trainer.main, ["--save_root", "out", "--DR", "d", "--device", "cuda:99"], "--device"),
+    (Trainer.main, ["--save_root", "out", "--DR", "d", "--gpu", "2"], "torchrun")])
+def test_what_is_missing_is_named(main, flags, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(console.UserError, match=named):
+        main(flags)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_a_flag_beats_the_recipe_and_the_recipe_beats_the_template(program):
+    parse = PARSERS[program]().parse_args
+    pool = console.RECIPES["pool"]
+    assert {name: getattr(parse([]), name) for name in pool} == pool  # the recipe of the recommended command
+    template = vars(parse(["--recipe", "template"]))
+    assert {name: template[name] for name in TEMPLATE} == TEMPLATE
+    for name in pool:  # also where the flag repeats the template's default
+        default = ALL[name].default
+        words = [f"--{name}"] if default is False else [f"--{name}", str(default)]
+        args = parse(words)
+        assert getattr(args, name) == (True if default is False else default) and args.given == [name]
+
+
+def test_trainer_and_tester_share_their_flags():
+    own, other = ({action.dest: (action.default, action.help, action.choices) for action in actions(program)} for program in PARSERS)
+    assert {name for name in own.keys() ^ other.keys()} == ONLY.keys()
+    assert all(own[name] == other[name] for name in own.keys() & other.keys())
+    assert all(console.RECIPES["pool"].keys() <= flags.keys() for flags in (own, other))
+
+
+def test_a_namespace_without_recipe_trains_the_templates_way():
+    args = Trainer.build_parser().fill(argparse.Namespace(lr=0.5))
+    assert args.lr == 0.5 and args.recipe == "template" and args.tfr == 1.0 and args.pool == 0 and args.batch_size == 2
+
+
+# ---------------------------------------------------------------- the README
+
+def shown(value):
+    return ("on" if value else "off") if isinstance(value, bool) else "" if value is None else str(value)
+
+
+def table():
+    """The README's table: flag, the template's default, the pool recipe's where it differs, meaning."""
+    rows = ["| flag | default | pool | meaning |", "| --- | --- | --- | --- |"]
+    for dest, action in ALL.items():
+        pool = console.RECIPES["pool"].get(dest, action.default)
+        meaning = action.help + (f" ({ONLY[dest]} only)" if dest in ONLY else "")
+        rows.append(f"| `--{dest}` | {shown(action.default)} | {shown(pool) if pool != action.default else ''} | {meaning} |")
+    return "\n".join(re.sub(" +", " ", row) for row in rows)
+
+
+def test_the_readme_has_every_flag_once_with_its_defaults():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [re.sub(" +", " ", line.rstrip()) for line in readme.splitlines() if line.startswith("| `--")]
+    expected = table().splitlines()[2:]
+    assert len(rows) == len(set(row.split("`")[1] for row in rows)), "a flag is in the table twice"
+    assert sorted(rows) == sorted(expected), "python tests/test_flags.py prints the table"
+
+
+if __name__ == "__main__":
+    print(table())
