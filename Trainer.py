@@ -706,7 +706,10 @@ class VAE_Model(nn.Module):
             self.pool = RolloutPool(self.dataset("train", args.train_vi_len), clips, args.pool, args.seed + self.rank)
         if self.world > 1:
             # weights come from rank 0; what each rank draws from here on is its own
-            self.__dict__["parallel"] = DistributedDataParallel(self, [self.device.index] if self.device.type == "cuda" else None)
+            on_gpu = self.device.type == "cuda"
+            # looking for unused parameters keeps buckets, and so the order of sums, the same from the first step on: a
+            # resumed run on the CPU ends with the same bits
+            self.__dict__["parallel"] = DistributedDataParallel(self, [self.device.index] if on_gpu else None, find_unused_parameters=not on_gpu)
             torch.manual_seed(args.seed + self.rank)
         if self.restored:
             if len(self.restored["ranks"]) != self.world:
