@@ -706,10 +706,14 @@ class VAE_Model(nn.Module):
             self.pool = RolloutPool(self.dataset("train", args.train_vi_len), clips, args.pool, args.seed + self.rank)
         if self.world > 1:
             # weights come from rank 0; what each rank draws from here on is its own
-            on_gpu = self.device.type == "cuda"
-            # looking for unused parameters keeps buckets, and so the order of sums, the same from the first step on: a
-            # resumed run on the CPU ends with the same bits
-            self.__dict__["parallel"] = DistributedDataParallel(self, [self.device.index] if on_gpu else None, find_unused_parameters=not on_gpu)
+            self.__dict__["parallel"] = DistributedDataParallel(self, [self.device.index] if self.device.type == "cuda" else None)
+            # after its first step DistributedDataParallel sums gradients in another order: a step for nothing gets that over
+            # with, so that a run that starts and one that goes on have the same bits
+            state = copy.deepcopy(self.training_state())
+            window = torch.zeros(args.batch_size, 2, 3, args.frame_H, args.frame_W, device=self.device)
+            self.parallel(window, window, True)[0].backward()
+            self.optim.zero_grad(set_to_none=True)
+            self.load_training_state(state)
             torch.manual_seed(args.seed + self.rank)
         if self.restored:
             if len(self.restored["ranks"]) != self.world:
