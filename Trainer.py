@@ -34,7 +34,7 @@ from console import Stopped, UserError, progress
 from dataloader import Dataset_Dance, Frames, PictureLoader, WindowLoader, decode, find_clips, frame_transform
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 from records import (HISTORY, NETWORKS, check_save_root, load_weights, locked, log_to_tensorboard, make_folder, open_tensorboard,
-                     plot_psnr, read_checkpoint, sizes, sweep_leftovers, write_checkpoint, write_csv, write_gif)
+                     optimizer_fits, plot_psnr, read_checkpoint, sizes, sweep_leftovers, write_checkpoint, write_csv, write_gif)
 
 CLIP_NORM = 1.0           # gradient norm, the template's
 FAST_LR = 2.0             # how much larger --fast_train's learning rate is, unless --lr is given
@@ -941,11 +941,13 @@ class VAE_Model(nn.Module):
         # a stranger's lr is that of its last epoch; ours is restored with the scheduler when training goes on
         self.scheduler.base_lrs = [self.base_lr if self.args.schedule == "cosine" else
                                    self.args.lr / learning_rate_factor(self.args, self.current_epoch, 0)]
-        if loaded["optimizer"] and self.optim.state_dict()["param_groups"][0]["params"] == loaded["optimizer"]["param_groups"][0]["params"]:
-            self.optim.load_state_dict(loaded["optimizer"])
-        if "resume" in loaded:
-            self.restored = {"weights": loaded.get("train_state_dict", loaded["state_dict"]), "optimizer": loaded["optimizer"], **loaded["resume"]}
-            self.history, self.best_psnr = loaded["resume"]["history"], loaded["resume"]["best_psnr"]
+        self.optim.param_groups[0]["lr"] = self.scheduler.base_lrs[0] * learning_rate_factor(self.args, self.current_epoch, 0)
+        if optimizer_fits(loaded["optimizer"], list(self.parameters())):
+            self.optim.load_state_dict({**self.optim.state_dict(), "state": loaded["optimizer"]["state"]})
+        resume = loaded.get("resume")
+        if isinstance(resume, dict) and {"history", "best_psnr", "train_frames", "ranks"} <= resume.keys():  # a stranger's may be anything
+            self.restored = {"weights": loaded.get("train_state_dict", loaded["state_dict"]), "optimizer": loaded["optimizer"], **resume}
+            self.history, self.best_psnr = resume["history"], resume["best_psnr"]
 
     # ------------------------------------------------------------ pictures
 
@@ -1113,7 +1115,8 @@ def adopt_settings(args, names=None):
     names: the flags to take; None takes all that say what to train. A given flag that differs is said.
     """
     loaded = read_checkpoint(args.ckpt_path)
-    settings = build_parser().accept(loaded.get("args"), args.ckpt_path) | sizes(loaded)
+    settings = loaded["args"] if isinstance(loaded.get("args"), dict) else {}
+    settings = build_parser().accept({**settings, **sizes(loaded)}, args.ckpt_path)
     names = settings.keys() - OF_THE_MACHINE if names is None else names & settings.keys()
     if "recipe" in args.given and settings.get("recipe") != args.recipe:
         names = names - console.RECIPES["pool"].keys()  # another recipe was asked for: what it sets stays

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import tempfile
+import warnings
 from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,7 +137,8 @@ def read_checkpoint(path):
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; expected a checkpoint file")
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is said in one line
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; expected a checkpoint file") from None
@@ -209,8 +211,21 @@ def load_weights(model, weights, path):
             raise UserError(f"{path}: {key} is {tuple(weights[key].shape)}, expected {tuple(value.shape)}; "
                             f"--F_dim, --L_dim, --N_dim or --D_out_dim differ from the checkpoint's")
     for name in NETWORKS:
-        getattr(model, name).load_state_dict({key[len(name) + 1:]: value for key, value in weights.items()
-                                              if key.split(".")[0] == name}, strict=True)
+        try:
+            getattr(model, name).load_state_dict({key[len(name) + 1:]: value for key, value in weights.items()
+                                                  if key.split(".")[0] == name}, strict=True)
+        except RuntimeError:  # tensors of a layout or a device that can't be copied: sparse, quantized, meta
+            raise UserError(f"{path}: the weights of {name} can't be copied; expected dense tensors with values") from None
+
+
+def optimizer_fits(optimizer, parameters):
+    """Whether an optimizer's state_dict is Adam's or AdamW's for these parameters; strangers keep all kinds."""
+    try:
+        states = [optimizer["state"][i] for i in optimizer["param_groups"][0]["params"]]
+        return len(states) == len(parameters) and all(
+            "step" in state and state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape for state, p in zip(states, parameters))
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return False
 
 
 # ---------------------------------------------------------------- pictures
