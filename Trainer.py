@@ -339,21 +339,11 @@ class VAE_Model(nn.Module):
         img, label = img.to(self.device, non_blocking=True), label.to(self.device, non_blocking=True)
         statistics = [buffer.clone() for buffer in self.buffers()]  # BatchNorm's: the forward pass moves them
         with self.autocast():
-            loss, mse, kl, generated = (self.parallel or self)(img, label, adapt_TeacherForcing)
+            loss, mse, kl, self.generated = (self.parallel or self)(img, label, adapt_TeacherForcing)
         # a loss may overflow where its gradient does not; a NaN factor tells every rank, without a synchronisation
         self.scaler.scale(loss).backward(torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss))
         finite = self.optimizer_step()
-
-        with torch.no_grad():
-            for buffer, before in zip(self.buffers(), statistics):
-                buffer.copy_(torch.where(finite, buffer, before))
-            # sums for the history, on the device: no synchronisation
-            figures = torch.stack([loss, mse, kl]).detach().double()
-            self.totals[:3] += torch.where(finite, figures, 0.0)
-            self.totals[3] += finite
-            self.totals[4] += ~finite
-            self.skipped_in_a_row = (self.skipped_in_a_row + 1) * ~finite
-        self.generated = generated.detach()
+        self.add_up(finite, torch.stack([loss, mse, kl]), statistics)
         return loss.detach()
 
     def optimizer_step(self):
@@ -372,6 +362,17 @@ class VAE_Model(nn.Module):
             decay = min(self.args.ema, (1 + self.steps_done) / (10 + self.steps_done))  # short runs forget their start
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters()], 1 - decay)
         return finite
+
+    @torch.no_grad()
+    def add_up(self, finite, figures, statistics):
+        """Count a step for the history, on the device without a synchronisation; a skipped one leaves BatchNorm as it was."""
+        for buffer, before in zip(self.buffers(), statistics):
+            buffer.copy_(torch.where(finite, buffer, before))
+        self.generated = self.generated.detach()
+        self.totals[:3] += torch.where(finite, figures.detach().to(self.totals), 0.0)
+        self.totals[3] += finite
+        self.totals[4] += ~finite
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * ~finite
 
     # ------------------------------------------------------------ the rollout: figure 2 (b)
 
@@ -767,7 +768,8 @@ class VAE_Model(nn.Module):
         if args.no_compile or self.device.type not in ("cuda", "cpu") or (self.device.type == "cpu" and not long):
             return
         self.say("compiling the networks (off with --no_compile)")
-        networks = [getattr(self, name) for name in NETWORKS]
+        # the label encoder is small, and the last block of a rollout has a shape of its own
+        networks = [getattr(self, name) for name in NETWORKS if name != "label_transformation"]
         state = copy.deepcopy(self.training_state())
         state["compiled"] = True
         try:
