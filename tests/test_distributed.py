@@ -1,0 +1,84 @@
+"""Two ranks on the CPU: identical weights, files by rank 0 alone, each rank its own windows, stop and resume to the bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import Trainer
+from conftest import ROOT, TINY, in_process
+from records import read_checkpoint
+from scripts.kill_test import compare
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks")
+    done = subprocess.run([*TORCHRUN, str(ROOT / "tests" / "two_ranks.py"), str(tiny_data), str(out)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, json.loads((out / "report.json").read_text()), done.stdout
+
+
+@pytest.mark.parametrize("recipe", ["pool", "template"])
+def test_weights_averages_and_optimizer_are_the_same_on_all_ranks(two_ranks, recipe):
+    assert two_ranks[1][recipe]["same"]
+
+
+@pytest.mark.parametrize("recipe", ["pool", "template"])
+def test_each_rank_has_windows_of_its_own(two_ranks, recipe):
+    first, second = ([window for step in windows for window in step] for windows in two_ranks[1][recipe]["windows"])
+    assert len(first) == len(second) and first != second
+    if recipe == "template":  # in order, a window to one rank alone: 16 windows, 8 each, over two epochs
+        assert len(set(first)) == len(set(second)) == 8 and not set(first) & set(second)
+
+
+@pytest.mark.parametrize("recipe, where", [("pool", "training"), ("pool", "validation"), ("template", "training")])
+def test_a_signal_to_one_rank_stops_all_and_resume_gives_the_same_bits(two_ranks, recipe, where):
+    out, report, _ = two_ranks
+    assert report[recipe][where] == {"stopped": [True, True], "same": True}
+    assert compare(out / f"{recipe} {where}", out / recipe) == []
+
+
+def test_rank_0_alone_writes_and_speaks(two_ranks, tiny_run):
+    out, _, said = two_ranks
+    assert {p.name for p in (out / "pool").iterdir()} == {p.name for p in tiny_run.iterdir()}
+    assert said.count("epoch 0:") == 5  # five runs came to its end, once each, some of them after a stop
+    assert len(read_checkpoint(out / "pool" / "last.ckpt")["resume"]["ranks"]) == 2
+
+
+def test_torchrun_on_the_command_line(tiny_data, tmp_path):
+    """SIGTERM to torchrun itself; the line says how to go on with torchrun."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    with open(log, "w") as file:
+        agent = subprocess.Popen([*TORCHRUN, str(ROOT / "Trainer.py"), "--DR", str(tiny_data), "--save_root", str(folder), *TINY,
+                                  "--num_epoch", "1000", "--gpu", "2"], stdout=file, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 90
+    while "epoch 0:" not in log.read_text() and agent.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    agent.send_signal(signal.SIGTERM)
+    agent.wait(60)
+    said = log.read_text()
+    assert said.count("saved; go on with: torchrun --nproc_per_node=2 ") == 1 and "--resume" in said
+    assert "Trainer.py\", line" not in said  # torchrun has a traceback of its own; ours has none
+    assert len(read_checkpoint(folder / "last.ckpt")["resume"]["ranks"]) == 2
+
+
+def test_several_gpus_without_torchrun(tiny_data, tmp_path, capsys):
+    assert in_process(Trainer.main, "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, "--gpu", 2) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--gpu 2" in err and "torchrun --nproc_per_node=2" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_number_of_processes_is_said(tiny_data, two_ranks, tmp_path, capsys):
+    out, _, _ = two_ranks
+    assert "LOCAL_WORLD_SIZE" not in os.environ
+    assert in_process(Trainer.main, "--DR", tiny_data, "--save_root", tmp_path / "one", *TINY, "--num_epoch", 3,
+                      "--ckpt_path", out / "pool" / "last.ckpt") == 0
+    assert "1 process(es), the checkpoint's run had 2" in capsys.readouterr().out
