@@ -253,7 +253,7 @@ def build_parser(prog, description):
     kl.add_argument("--kl_anneal_type", type=kl_anneal_type, default="Cyclical", metavar="TYPE", help="Cyclical, Monotonic or None (beta is 1 throughout)")
     kl.add_argument("--kl_anneal_cycle", type=number(int, 1), default=10, metavar="N", help="cycles of Cyclical")
     kl.add_argument("--kl_anneal_ratio", type=number(float, 0, 1, above=True), default=1.0, metavar="SHARE", help="share of a cycle in which beta climbs")
-    kl.add_argument("--kl_weight", type=number(float, 0, 1e6), default=1.0, metavar="W", help="weight of a nat of KL beside the mean squared error, times beta")
+    kl.add_argument("--kl_weight", type=number(float, 0), default=1.0, metavar="W", help="weight of a nat of KL beside the mean squared error, times beta")
 
     running = parser.add_argument_group("running")
     running.add_argument("--device", type=device_name, metavar="DEVICE", help="cuda, cuda:N, cpu or mps (None: cuda where there is one, else cpu)")

@@ -58,7 +58,7 @@ REFUSED = {
     **dict.fromkeys(("tfr", "tfr_d_step", "next_share"), SHARE),
     "ema": [*SHARE, "1"],
     "lr": [*NUMBERS, "0", "-0.001", "10.1"],
-    "kl_weight": [*NUMBERS, "-1", "1e7"],
+    "kl_weight": [*NUMBERS, "-1"],
     "max_minutes": [*NUMBERS, "0", "-1", "1e7"],
     "device": ["", "gpu", "cuda:", "cuda:x", "cpu:1", "CPU"],
     "kl_anneal_type": ["", "Cosine", "Cyclical "],
