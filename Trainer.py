@@ -938,7 +938,9 @@ class VAE_Model(nn.Module):
         self.args.lr = loaded.get("lr") or self.args.lr
         self.tfr = loaded["tfr"] if loaded.get("tfr") is not None else self.args.tfr
         self.current_epoch = int(loaded["last_epoch"]) + 1 if loaded.get("last_epoch") is not None else 0
-        self.kl_annealing = kl_annealing(self.args, current_epoch=self.current_epoch)
+        if "kl_annealing" not in self.__dict__:  # a subclass without our __init__
+            self.kl_annealing = kl_annealing(self.args)
+        self.kl_annealing.current_epoch = self.current_epoch
         self.new_optimizer()
         # a stranger's lr is that of its last epoch; ours is restored with the scheduler when training goes on
         self.scheduler.base_lrs = [self.base_lr if self.args.schedule == "cosine" else
