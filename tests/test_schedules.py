@@ -1,0 +1,186 @@
+"""What changes from epoch to epoch: teacher forcing, the KL weight, the learning rate, and --fast_train's first epochs."""
+
+import argparse
+import csv
+
+import pytest
+from conftest import TINY
+
+import Trainer
+from console import UserError
+from Trainer import kl_annealing, learning_rate_factor, teacher_forcing_ratio
+
+
+def flags(*words):
+    return Trainer.build_parser().parse_args(list(words))
+
+
+def betas(kind="Cyclical", cycles=10, ratio=1.0, epochs=70, past=0):
+    """get_beta() of every epoch, and of some past the last."""
+    schedule = kl_annealing(argparse.Namespace(kl_anneal_type=kind, kl_anneal_cycle=cycles, kl_anneal_ratio=ratio, num_epoch=epochs))
+    values = []
+    for _ in range(epochs + past):
+        values.append(schedule.get_beta())
+        schedule.update()
+    return values
+
+
+def fu(n_iter, start=0.0, stop=1.0, n_cycle=4, ratio=0.5):
+    """Fu et al. 2019, eq. 6 to 8: tau = mod(t - 1, T / M) / (T / M), linear up to R, then at the top."""
+    values = [stop] * n_iter
+    period = n_iter / n_cycle
+    for cycle in range(n_cycle):
+        first = int(cycle * period)
+        i = 0
+        while start + i * (stop - start) / (period * ratio) <= stop + 1e-9 and first + i < n_iter:
+            values[first + i] = start + i * (stop - start) / (period * ratio)
+            i += 1
+    return values
+
+
+# ---------------------------------------------------------------- teacher forcing
+
+@pytest.mark.parametrize("tfr, sde, step, expected", [
+    (1.0, 10, 0.1, [1.0] * 10 + [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0, 0, 0]),
+    (1.0, 0, 0.25, [0.75, 0.5, 0.25, 0, 0, 0]), (0.5, 2, 0.0, [0.5] * 6), (0.3, 1, 1.0, [0.3, 0, 0]), (0.0, 3, 0.1, [0.0] * 5)])
+def test_teacher_forcing(tfr, sde, step, expected):
+    args = flags("--tfr", str(tfr), "--tfr_sde", str(sde), "--tfr_d_step", str(step), *TINY)
+    assert [teacher_forcing_ratio(args, epoch) for epoch in range(len(expected))] == pytest.approx(expected)
+    model, found = Trainer.VAE_Model(args), []
+    for model.current_epoch in range(len(expected)):
+        model.teacher_forcing_ratio_update()
+        found.append(model.tfr)
+    assert found == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- the KL weight
+
+def test_the_templates_schedule():
+    assert betas() == pytest.approx([i / 7 for i in range(7)] * 10)
+
+
+@pytest.mark.parametrize("kind, cycles, ratio, epochs, expected", [
+    ("Cyclical", 2, 1.0, 10, [0, 0.2, 0.4, 0.6, 0.8] * 2),
+    ("Cyclical", 2, 0.5, 10, [0, 0.4, 0.8, 1, 1] * 2),
+    ("Cyclical", 1, 0.5, 8, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]),
+    ("Monotonic", 4, 0.5, 8, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]),
+    ("Monotonic", 9, 1.0, 4, [0, 0.25, 0.5, 0.75]),
+    ("None", 2, 0.5, 5, [1] * 5),
+    ("Cyclical", 1, 1.0, 1, [0]),
+    ("Monotonic", 1, 0.01, 3, [0, 1, 1])])
+def test_values(kind, cycles, ratio, epochs, expected):
+    assert betas(kind, cycles, ratio, epochs) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["None", "none", "NONE", "Without", "without", "WITHOUT", None])
+def test_no_annealing_has_many_names(name):
+    assert betas(name, epochs=4) == [1.0] * 4
+    if name is not None:
+        assert flags("--kl_anneal_type", name).kl_anneal_type == "None"
+
+
+@pytest.mark.parametrize("name", ["cyclical", "CYCLICAL", "monotonic", "MONOTONIC"])
+def test_names_in_any_case(name):
+    assert betas(name, 2, epochs=6) == betas(name.capitalize(), 2, epochs=6) == betas(flags("--kl_anneal_type", name).kl_anneal_type, 2, epochs=6)
+
+
+@pytest.mark.parametrize("n_iter", [1, 2, 7, 10, 70, 101])
+@pytest.mark.parametrize("n_cycle", [1, 2, 3, 4, 10])
+@pytest.mark.parametrize("ratio", [1, 0.5, 0.3, 0.05])
+def test_against_the_papers_definition(n_iter, n_cycle, ratio):
+    if n_cycle > max(1, n_iter // 2):
+        return
+    for start, stop in ((0.0, 1.0), (0.2, 0.7)):
+        found = kl_annealing.frange_cycle_linear(n_iter, start, stop, n_cycle, ratio)
+        assert len(found) == n_iter and found == pytest.approx(fu(n_iter, start, stop, n_cycle, ratio))
+        assert all(start <= value <= stop for value in found)
+        assert found[0] == start
+
+
+def test_frange_cycle_linear_has_the_templates_defaults():
+    schedule = kl_annealing(flags("--num_epoch", "4"))
+    assert schedule.frange_cycle_linear(4) == [0, 0.25, 0.5, 0.75] == schedule.frange_cycle_linear(4, start=0.0, stop=1.0, n_cycle=1, ratio=1)
+
+
+@pytest.mark.parametrize("cycles, epochs, used", [(10, 6, 3), (10, 1, 1), (4, 7, 3), (2, 3, 1)])
+def test_more_cycles_than_epochs_hold(cycles, epochs, used, capsys):
+    found = betas("Cyclical", cycles, 0.5, epochs)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and str(cycles) in said and str(used) in said
+    assert found == pytest.approx(fu(epochs, 0.0, 1.0, used, 0.5))
+
+
+@pytest.mark.parametrize("kind, cycles, epochs", [("Cyclical", 3, 6), ("Monotonic", 10, 2), ("None", 10, 2)])
+def test_nothing_is_said_where_the_cycles_fit(kind, cycles, epochs, capsys):
+    betas(kind, cycles, 0.5, epochs)
+    assert capsys.readouterr().out == ""
+
+
+def test_it_is_said_once_in_a_run(tiny_data, tmp_path, capsys):
+    words = ["--DR", str(tiny_data), *TINY, "--recipe", "template", "--train_vi_len", "8", "--kl_anneal_cycle", "3"]
+    Trainer.main([*words, "--save_root", str(tmp_path / "first"), "--num_epoch", "1"])
+    assert capsys.readouterr().out.count("--kl_anneal_cycle") == 1
+    Trainer.main([*words, "--save_root", str(tmp_path / "more"), "--ckpt_path", str(tmp_path / "first/last.ckpt")])
+    assert capsys.readouterr().out.count("--kl_anneal_cycle") == 1
+
+
+@pytest.mark.parametrize("change", [dict(cycles=0), dict(cycles=-1), dict(ratio=0.0), dict(ratio=1.5), dict(ratio=-0.1), dict(ratio=float("nan")),
+                                    dict(kind="Cosine")])
+def test_errors(change):
+    with pytest.raises(UserError, match="--kl_anneal"):
+        betas(**change)
+
+
+def test_past_the_last_epoch():
+    assert betas("Monotonic", 1, 1.0, 4, past=3) == [0, 0.25, 0.5, 0.75, 0.75, 0.75, 0.75]
+    assert kl_annealing(flags("--num_epoch", "4", "--kl_anneal_type", "Monotonic"), current_epoch=2).get_beta() == 0.5
+
+
+# ---------------------------------------------------------------- the learning rate and --fast_train
+
+def test_the_templates_steps():
+    args = flags("--recipe", "template")
+    assert [learning_rate_factor(args, epoch, 0.5) for epoch in range(8)] == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01])
+
+
+def test_cosine_with_warm_up():
+    args = flags()
+    factors = [learning_rate_factor(args, 0, done / 1000) for done in range(1001)]
+    assert 0 < factors[0] < 0.1 and factors.index(max(factors)) in range(15, 25) and max(factors) > 0.99
+    assert factors[-1] == pytest.approx(0, abs=1e-9) and sorted(factors[25:], reverse=True) == factors[25:]
+    assert factors[500] == pytest.approx(0.5, abs=0.01)
+
+
+def history(data, folder, *words):
+    Trainer.main(["--DR", str(data), "--save_root", str(folder), *TINY, "--val_vi_len", "4", "--num_epoch", "4", *words])
+    rows = list(csv.DictReader(open(folder / "history.csv", newline="", encoding="utf-8")))
+    assert [row["epoch"] for row in rows] == list("0123")
+    rates = [float(row["lr"]) for row in rows]
+    frames = [round(float(row["seconds"]) * float(row["frames_per_second"])) for row in rows]
+    return rates, frames
+
+
+@pytest.mark.parametrize("recipe, words, whole", [
+    ("template", ["--train_vi_len", "4"], 48),  # 16 windows of 4 frames, 3 of them predicted
+    ("pool", ["--batch_size", "16"], 64)])
+def test_fast_train_shortens_exactly_its_epochs_at_a_larger_rate(recipe, words, whole, tiny_data, tmp_path):
+    words = ["--recipe", recipe, *words]
+    plain, all_frames = history(tiny_data, tmp_path / "plain", *words)
+    assert all_frames == [whole] * 4
+    fast = ["--fast_train", "--fast_train_epoch", "2", "--fast_partial", "0.5"]
+    rates, frames = history(tiny_data, tmp_path / "fast", *words, *fast)
+    assert frames == [whole // 2, whole // 2, whole, whole]
+    assert min(rates[:2]) > max(rates[2:]) and max(rates) > 1.5 * max(plain)
+
+    default = Trainer.build_parser().parse_args(words).lr
+    explicit, frames = history(tiny_data, tmp_path / "explicit", *words, *fast, "--lr", str(default))
+    assert frames == [whole // 2, whole // 2, whole, whole]
+    assert max(explicit) <= default and explicit == pytest.approx([rates[0] / 2, rates[1] / 2, *rates[2:]], rel=1e-6)
+    if recipe == "template":
+        assert plain == pytest.approx([0.001, 0.001, 0.0001, 0.0001]) and rates == pytest.approx([0.002, 0.002, 0.0001, 0.0001])
+
+
+def test_fast_train_with_a_share_of_the_rest(tiny_data, tmp_path):
+    _, frames = history(tiny_data, tmp_path, "--recipe", "template", "--train_vi_len", "4", "--fast_train", "--fast_train_epoch", "1",
+                        "--fast_partial", "0.25", "--partial", "0.75")
+    assert frames == [12, 36, 36, 36]
