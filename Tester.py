@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import console
-from console import UserError, progress
+from console import Stopped, UserError, progress
 from dataloader import Dataset_Dance, decode, frame_transform, to_float
 from records import atomic, check_save_root, make_folder
 from Trainer import VAE_Model, adopt_settings, require
@@ -78,7 +78,7 @@ def check_submission(path, sequences, frames, values):
                 first = next((i for i, (a, b) in enumerate(zip(found, header.split(b","))) if a != b), None)
                 what = f"has {len(found)} columns" if first is None else f"has {shown(found[first])} as column {first + 1}"
                 fail(1, f"the header {what}, expected id,0,1,...,{values - 1} ({values + 1} columns)")
-            for row in progress(range(rows), desc="checking", unit="row", leave=False):
+            for row in progress(range(rows), desc="checking", unit="row", leave=False, delay=1):
                 line = row + 2
                 raw, content = next_line()
                 if not raw:
@@ -194,6 +194,11 @@ def build_parser():
     return parser
 
 
+def stop(number):
+    """Ctrl-C and SIGTERM end the command the way an error does, so that nothing half-written is left."""
+    raise Stopped(number)
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
     require(args, "ckpt_path")
@@ -202,10 +207,11 @@ def main(argv=None):
     if args.save_root is None:
         args.save_root = str(Path(args.ckpt_path).parent / "test")
     check_save_root(args.save_root)
-    model = Test_model(args)
-    model.load_checkpoint()
-    console.say(f"{args.device}, {model.precision_reason}")
-    frames = model.eval()
+    with console.catching_signals(stop):
+        model = Test_model(args)
+        model.load_checkpoint()
+        console.say(f"{args.device}, {model.precision_reason}")
+        frames = model.eval()
     console.say(f"{Path(args.save_root) / 'submission.csv'}: {frames.shape[0] * frames.shape[1]} rows; "
                 f"pred_seq0.gif to pred_seq{len(frames) - 1}.gif beside it")
 
