@@ -87,7 +87,7 @@ def test_a_reader_never_sees_half_a_file(tiny_data, tmp_path):
     running.set()
     child = fork.Process(target=poll, args=(tmp_path / "run" / "last.ckpt", running, results))
     child.start()
-    assert train(tiny_data, tmp_path / "run", "--save_every_steps", 1) == 0
+    assert train(tiny_data, tmp_path / "run", "--save_every_steps", 2) == 0
     running.clear()
     reads, versions = results.get(timeout=60)  # two numbers, not an error
     child.join()
