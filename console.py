@@ -28,6 +28,9 @@ class Stopped(Exception):
 
 def run(main):
     """Call main() as a command: exit 0 when done, 2 with one line on stderr for a UserError, 130 and 143 when stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a path that the terminal's encoding lacks must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except UserError as error:

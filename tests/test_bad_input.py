@@ -453,3 +453,13 @@ def test_the_commands_themselves(data, tmp_path):
     assert_refused(done.returncode, done.stderr, "3.png", tmp_path / "out")
     done = run_cli("Tester.py", "--ckpt_path", data / "train/train_img/3.png")
     assert_refused(done.returncode, done.stderr, "3.png", data / "train/train_img/test")
+
+
+@posix
+def test_folders_whose_names_are_not_utf8(whole, tmp_path):
+    data, out = (tmp_path / os.fsdecode(name) for name in (b"d\xff\xe9\n", b"o\xff"))
+    shutil.copytree(whole, data)
+    done = run_cli("Trainer.py", "--DR", data, "--save_root", out, *SIZES, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert command(Tester.main, "--ckpt_path", out / "best.ckpt", "--device", "cpu", "--precision", "fp32") == 0
+    assert (out / "test" / "submission.csv").exists()
