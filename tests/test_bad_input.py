@@ -353,7 +353,7 @@ WRITE_WRONG = {
     "data folder has too long a name": (["--save_root", "out", "--DR", "x" * 300], "val_img"),
     "checkpoint has too long a name": (["--save_root", "out", "--ckpt_path", "x" * 300], "xxx"),
     "no save_root": ([], "--save_root"),
-    "no data folder given": (["--save_root", "out", "--DR", ""], "val_img"),
+    "no data folder given": (["--save_root", "out", "--DR", ""], "--DR"),
 }
 
 

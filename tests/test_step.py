@@ -88,7 +88,7 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(taught, flags, window):
 
 def test_the_ways_to_teach_differ(window):
     model = moved(build())
-    losses = [float(model(*window, taught)[0]) for taught in TAUGHT.values()]
+    losses = [model(*window, taught)[0].item() for taught in TAUGHT.values()]
     assert len(set(losses)) == len(losses)
     every = torch.ones(T, dtype=torch.bool)
     assert float(model(*window, every)[0]) == losses[0] and float(model(*window, ~every)[0]) == losses[1]

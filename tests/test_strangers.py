@@ -45,7 +45,7 @@ def bare(**flags):
 
 
 def loaded(path, **flags):
-    model = Trainer.VAE_Model(bare(ckpt_path=str(path), **flags))
+    model = Trainer.VAE_Model(bare(ckpt_path=str(path), precision="fp32", **flags))
     model.load_checkpoint()
     return model
 
@@ -118,7 +118,7 @@ def prefixed(prefix, weights):
 
 def adam(template, kind=torch.optim.Adam, steps=1):
     """A real optimizer's state for the template's weights."""
-    model = Trainer.VAE_Model(bare())
+    model = Trainer.VAE_Model(bare(precision="fp32"))
     optimizer = kind(model.parameters(), lr=0.0005)
     for _ in range(steps):
         for p in model.parameters():
@@ -248,7 +248,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_no_checkpoint_of_ours(case, template, tmp_path, capfd, tiny_data):
     path = tmp_path / "bad.ckpt"
@@ -311,7 +311,7 @@ def test_a_step_with_no_data_and_no_training_stage():
 
 
 def test_a_criterion_of_ones_own():
-    model = Trainer.VAE_Model(bare())
+    model = Trainer.VAE_Model(bare(precision="fp32"))
     img = torch.rand(1, 3, 3, 16, 32)
     for criterion in (nn.L1Loss(), lambda generated, truth: (generated - truth).abs().mean()):
         if hasattr(model, "mse_criterion"):
