@@ -78,11 +78,12 @@ class Run:
         self.reader.join(60)
         return status, "".join(self.lines)
 
-    def finish(self):
-        status, output = self.wait()
-        if status:
-            raise AssertionError(f"{' '.join(self.process.args)} ended with {status}:\n{output}")
-        return output
+
+def finish(data, save_root, flags, resume=False):
+    """Train to the end: exit status, output, and seconds of training."""
+    run = Run(data, save_root, flags, resume=resume)
+    status, output = run.wait()
+    return status, output, time.monotonic() - (run.began_at or 0)
 
 
 def kill_at_random(run, duration, chance, folder, aim):
@@ -145,16 +146,19 @@ def compare(folder, reference):
 
 # ---------------------------------------------------------------- the test
 
-def kill_test(data, work, kills, seed=0, variants=tuple(VARIANTS), report=say, step=lambda: None):
-    """Kill `kills` runs, resume and compare. Returns (equal, kills that hit a write, lines that say what differed)."""
+def kill_test(data, work, kills, seed=0, variants=tuple(VARIANTS), finish=finish, report=say, step=lambda: None):
+    """Kill `kills` runs, resume and compare. Returns (equal, kills that hit a write, lines that say what differed).
+
+    finish: how runs that are not killed are started, for tests.
+    """
     chance, references, equal, in_write, problems, done = random.Random(seed), {}, 0, 0, [], 0
     while done < kills:
         variant = variants[done % len(variants)]
         flags = VARIANTS[variant]
         if variant not in references:
-            reference = Run(data, work / f"whole {variant}", flags)
-            reference.finish()
-            references[variant] = time.monotonic() - reference.began_at
+            status, output, references[variant] = finish(data, work / f"whole {variant}", flags)
+            if status:
+                raise RuntimeError(f"the reference run ended with {status}:\n{output}")
         folder = work / f"killed {done}"
         aim = done // len(variants) % 2 == 1 if kills > len(variants) else done % 2 == 1
         if not kill_at_random(Run(data, folder, flags), references[variant], chance, folder, aim):
@@ -162,7 +166,7 @@ def kill_test(data, work, kills, seed=0, variants=tuple(VARIANTS), report=say, s
             continue  # it had ended: not a kill
         hit = any(folder.glob(".*.part*"))
         from_scratch = not (folder / "last.ckpt").exists()
-        status, output = Run(data, folder, flags, resume=True).wait()
+        status, output, _ = finish(data, folder, flags, resume=True)
         found = [f"the resumed run ended with {status}: {output[-2000:]}"] if status else compare(folder, work / f"whole {variant}")
         done, in_write, equal = done + 1, in_write + hit, equal + (not found)
         problems += [f"kill {done} ({variant}): {line}" for line in found[:10]]

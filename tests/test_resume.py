@@ -1,13 +1,14 @@
 """A run that is stopped and resumed ends with the bits of one that was not. `scripts/kill_test.py` is the long version."""
 
 import shutil
+import time
 
 import pytest
 import torch
 
 import Trainer
 from conftest import TINY, in_process
-from scripts.kill_test import compare, differences, kill_test, rows
+from scripts.kill_test import command, compare, differences, kill_test, rows
 
 
 def train(data, folder, *flags):
@@ -19,8 +20,12 @@ def load(path):
 
 
 def test_three_kills(tiny_data, tmp_path):
-    """SIGKILL at random moments, one at least inside a write, both recipes."""
-    equal, in_write, problems = kill_test(tiny_data, tmp_path, 3, variants=("pool", "template, loader processes"))
+    """SIGKILL at random moments, one at least inside a write, both recipes. What is not killed runs in this process."""
+    def finish(*args, **options):
+        began = time.monotonic()
+        return in_process(Trainer.main, *command(*args, **options)[2:]), "see the captured output", time.monotonic() - began
+
+    equal, in_write, problems = kill_test(tiny_data, tmp_path, 3, variants=("pool", "template, loader processes"), finish=finish)
     assert (equal, problems) == (3, [])
     assert in_write >= 1
 
