@@ -46,8 +46,8 @@ def build_parser():
     return parser
 
 
-def main():
-    args = build_parser().parse_args()
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     values = 3 * args.frame_H * args.frame_W
     pixels = check_submission(args.csv, args.sequences, args.frames, values)
     if args.ground_truth:
