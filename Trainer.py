@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ POSE_SAMPLE = 4096        # training poses that BatchNorm's statistics are recom
 GIF_TICK = 40             # milliseconds a frame, the template's
 COMPILE_MINUTES = 20      # from this --max_minutes on, or this many frames to train on, compiling pays on a CPU:
 COMPILE_FRAMES = 20_000   # measured: docs/PERFORMANCE.md
+CPU_PIXELS = 4 * 32 * 64  # what a CPU computes at a time: larger activations cost page faults (docs/PERFORMANCE.md)
 STARTED = time.monotonic()
 
 
@@ -207,6 +209,16 @@ def over_time(function, *inputs):
     return outputs.unflatten(0, shape) if torch.is_tensor(outputs) else tuple(x.unflatten(0, shape) for x in outputs)
 
 
+def in_pieces(function, *inputs):
+    """over_time(function, ...), on a CPU a few time steps at a time, for functions that treat every picture alone."""
+    steps, batch, _, height, width = inputs[0].shape
+    piece = max(1, CPU_PIXELS // (batch * height * width)) if inputs[0].device.type == "cpu" else steps
+    if piece >= steps:
+        return over_time(function, *inputs)
+    pieces = [over_time(function, *at) for at in zip(*(x.split(piece) for x in inputs))]
+    return torch.cat(pieces) if torch.is_tensor(pieces[0]) else tuple(map(torch.cat, zip(*pieces)))
+
+
 def pick(x, steps):
     """x[steps], as a view where the steps are the first ones."""
     return x[:len(steps)] if steps == list(range(len(steps))) else x[steps]
@@ -246,13 +258,19 @@ class VAE_Model(nn.Module):
         self.Decoder_Fusion = Decoder_Fusion(args.F_dim + args.L_dim + args.N_dim, args.D_out_dim)
         self.Generator = Generator(args.D_out_dim, 3)
         self.to(args.device, memory_format=torch.channels_last)
-
         self.mse_criterion = nn.MSELoss()
         self.current_epoch = 0
         self.train_vi_len, self.val_vi_len, self.batch_size = args.train_vi_len, args.val_vi_len, args.batch_size
+        self.set_up_training()
+
+    def set_up_training(self):
+        """What training needs beside the networks; a subclass that never ran __init__ gets it when it is first needed."""
+        if "coins" in self.__dict__:
+            return
+        args = self.args
         self.tfr_d_step, self.tfr_sde = args.tfr_d_step, args.tfr_sde
         self.teacher_forcing_ratio_update()
-        self.kl_annealing = kl_annealing(args)
+        self.kl_annealing = kl_annealing(args, self.current_epoch)
         self.coins = torch.Generator().manual_seed(args.seed)
         self.history = []
         self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=self.device)
@@ -325,9 +343,9 @@ class VAE_Model(nn.Module):
         return self.decode(self.frame_transformation(previous), pose, z)
 
     def saving_memory(self, function, *inputs):
-        """over_time(function, ...); with --checkpoint_steps a frame at a time, its activations computed again backward."""
+        """in_pieces(function, ...); with --checkpoint_steps a frame at a time, its activations computed again backward."""
         if not (self.args.checkpoint_steps and torch.is_grad_enabled()):
-            return over_time(function, *inputs)
+            return in_pieces(function, *inputs)
         results = [checkpoint(function, *map(channels_last, at_t), use_reentrant=False) for at_t in zip(*inputs)]
         if torch.is_tensor(results[0]):
             return torch.stack(results)
@@ -335,11 +353,13 @@ class VAE_Model(nn.Module):
 
     def training_one_step(self, img, label, adapt_TeacherForcing):
         """Forward, backward and one step of the optimizer on a batch of windows; returns the loss (see `forward`)."""
+        self.set_up_training()
         self.optim.zero_grad(set_to_none=True)
         img, label = img.to(self.device, non_blocking=True), label.to(self.device, non_blocking=True)
         statistics = [buffer.clone() for buffer in self.buffers()]  # BatchNorm's: the forward pass moves them
         with self.autocast():
-            loss, mse, kl, self.generated = (self.parallel or self)(img, label, adapt_TeacherForcing)
+            # not self(...): a subclass in the template's way overrides forward
+            loss, mse, kl, self.generated = (self.parallel or partial(VAE_Model.forward, self))(img, label, adapt_TeacherForcing)
         # a loss may overflow where its gradient does not; a NaN factor tells every rank, without a synchronisation
         self.scaler.scale(loss).backward(torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss))
         finite = self.optimizer_step()
@@ -590,6 +610,7 @@ class VAE_Model(nn.Module):
         A signal (Ctrl-C, SIGTERM) saves last.ckpt and raises Stopped. UserError for data that can't be used, a
         save_root that another run holds, and losses that stay non-finite.
         """
+        self.set_up_training()
         self.open_data()
         make_folder(self.args.save_root)
         with locked(self.args.save_root) if self.rank == 0 else nullcontext(), console.catching_signals(self.note_signal):
@@ -921,6 +942,7 @@ class VAE_Model(nn.Module):
 
     def save(self, path):
         """Write a checkpoint to `path`, atomically."""
+        self.set_up_training()
         write_checkpoint(path, self.checkpoint())
         print(f"saved {path}")
 
@@ -934,6 +956,7 @@ class VAE_Model(nn.Module):
             return
         loaded = read_checkpoint(self.args.ckpt_path)
         load_weights(self, loaded["state_dict"], self.args.ckpt_path)
+        self.set_up_training()
         self.base_lr = self.args.lr
         self.args.lr = loaded.get("lr") or self.args.lr
         self.tfr = loaded["tfr"] if loaded.get("tfr") is not None else self.args.tfr
@@ -1070,22 +1093,33 @@ def pick_device(name):
 def pick_precision(wanted, device):
     """(fp32, bf16 or fp16, why) for --precision on a device.
 
-    auto takes mixed precision where the hardware has it and it is faster: CUDA from compute capability 8.0 has bf16;
-    older GPUs and CPUs with AVX512-BF16 or AMX are timed, as some of them multiply bf16 or fp16 no faster than fp32.
+    auto takes mixed precision where the hardware has it and gains by it: bf16 on CUDA from compute capability 8.0 and on
+    CPUs with AMX or, from AMD, AVX512-BF16. Intel's AVX512-BF16 without AMX multiplies at half of fp32's rate (measured:
+    docs/PERFORMANCE.md). A CPU is never timed, so that a run repeats to the bit; older GPUs are: fp16 or fp32.
     """
     if wanted != "auto":
         return wanted, f"{wanted} as asked"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return "bf16", "bf16"
     if device.type == "cuda":
-        candidate = torch.float16
-    elif device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")):
-        candidate = torch.bfloat16
-    else:
-        return "fp32", "fp32"
-    ratio = matmul_speed(candidate, device) / matmul_speed(torch.float32, device)
-    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[candidate]
-    return (name if ratio > 1.1 else "fp32"), f"{name if ratio > 1.1 else 'fp32'} ({name} multiplies {ratio:.1f} times as fast as fp32 here)"
+        ratio = matmul_speed(torch.float16, device) / matmul_speed(torch.float32, device)
+        name = "fp16" if ratio > 1.1 else "fp32"
+        return name, f"{name} (fp16 multiplies {ratio:.1f} times as fast as fp32 here)"
+    if device.type == "cpu":
+        amx, avx = (getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+        if amx or avx and "AuthenticAMD" in cpu_description():
+            return "bf16", f"bf16 ({'AMX' if amx else 'AVX512-BF16'})"
+        if avx:
+            return "fp32", "fp32 (this CPU's AVX512-BF16 is slower; --precision bf16 takes it all the same)"
+    return "fp32", "fp32"
+
+
+def cpu_description():
+    """What the system says of its CPUs; empty where it has no /proc/cpuinfo."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
 
 
 def matmul_speed(dtype, device, size=1024):

@@ -4,6 +4,7 @@ import argparse
 import collections
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -405,6 +406,23 @@ def test_a_script_that_inherits_more(attributes, template, tiny_data, tmp_path):
         assert len(psnrs) == 19 and float(loss) > 0
     model.make_gif([torch.rand(3, 16, 32)] * 2, str(tmp_path / "own.gif"))
     assert (tmp_path / "own.gif").exists() and (tmp_path / "out").is_dir()
+
+
+def test_networks_alone_can_be_trained(tiny_data, tmp_path):
+    """A step, a checkpoint and a training stage, inherited by a class that never ran our __init__ and overrides forward."""
+
+    class Overriding(NetworksOnly):
+        def forward(self, img, label):
+            raise NotImplementedError("nobody calls it")
+
+    model = Overriding(bare(DR=str(tiny_data), save_root=str(tmp_path / "out"), num_epoch=1))
+    before = [p.detach().clone() for p in model.parameters()]
+    img = torch.rand(2, 4, 3, 16, 32)
+    assert math.isfinite(model.training_one_step(img, img, False).item())
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    model.save(str(tmp_path / "own.ckpt"))
+    model.training_stage()
+    assert (tmp_path / "out" / "best.ckpt").exists() and (tmp_path / "own.ckpt").exists()
 
 
 def test_a_tester_that_inherits_from_ours(template, tiny_data, tmp_path):
