@@ -11,6 +11,7 @@ training step, its rollout, its training stage and its checkpoints, and the comm
 """
 
 import argparse
+import atexit
 import copy
 import math
 import os
@@ -627,6 +628,8 @@ class VAE_Model(nn.Module):
                 self.write(["last.ckpt"])
                 self.say(f"stopped in epoch {self.current_epoch}, saved; go on with: {resume_command()}")
                 raise
+            finally:
+                self.__dict__["parallel"] = None  # it holds on to the process group, which would end after its threads
         self.say(f"done: {self.current_epoch} epochs, best validation PSNR {self.best_psnr:.2f} dB, in {self.args.save_root}")
 
     def validate(self):
@@ -1194,6 +1197,7 @@ def join_processes(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)  # however this process ends, stopped or with an error too
     return dist.get_rank(), world
 
 
@@ -1226,8 +1230,6 @@ def main(argv=None):
         model.say(f"{args.ckpt_path}: all {args.num_epoch} epochs are done; a larger --num_epoch trains on")
     else:
         model.training_stage()
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

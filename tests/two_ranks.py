@@ -89,7 +89,6 @@ def main():
             report[recipe][where] = {"stopped": gathered(stopped), "same": same_on_all_ranks(model)}
     if rank == 0:
         (out / "report.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
