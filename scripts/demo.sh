@@ -26,8 +26,8 @@ step() { printf '\n== %s\n' "$1" >&2; }
 step "1/4  Drawing a data set into $out/data"
 "$PYTHON" "$root/scripts/make_demo_data.py" "$out/data" --with_test_truth
 
-step "2/4  Training for five minutes into $out/ckpt"
-"$PYTHON" "$root/Trainer.py" --DR "$out/data" --save_root "$out/ckpt" --fast_train --max_minutes 5 --seed 0 --resume
+step "2/4  Training for four minutes into $out/ckpt"
+"$PYTHON" "$root/Trainer.py" --DR "$out/data" --save_root "$out/ckpt" --fast_train --max_minutes 4 --seed 0 --resume
 
 step "3/4  Predicting the five test sequences into $out/test"
 "$PYTHON" "$root/Tester.py" --DR "$out/data" --ckpt_path "$out/ckpt/best.ckpt" --save_root "$out/test"
