@@ -47,6 +47,8 @@ POSE_SAMPLE = 4096        # training poses that BatchNorm's statistics are recom
 GIF_TICK = 40             # milliseconds a frame, the template's
 COMPILE_MINUTES = 20      # from this --max_minutes on, or this many frames to train on, compiling pays on a CPU:
 COMPILE_FRAMES = 20_000   # measured: docs/PERFORMANCE.md
+# the label encoder is small, and the last block of a rollout has a shape of its own
+COMPILED = [name for name in NETWORKS if name != "label_transformation"]
 CPU_PIXELS = 4 * 32 * 64  # what a CPU computes at a time: larger activations cost page faults (docs/PERFORMANCE.md)
 STARTED = time.monotonic()
 
@@ -496,9 +498,7 @@ class VAE_Model(nn.Module):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, value in self.state_dict().items():
-                    value.copy_(raw[name])
+            self.load_network_state(raw)
 
     @torch.no_grad()
     def refresh_norm(self):
@@ -511,6 +511,13 @@ class VAE_Model(nn.Module):
     def network_state(self):
         """A copy of the five networks' weights, by the keys that a checkpoint has."""
         return {name: value.detach().clone() for name, value in self.state_dict().items() if name.split(".")[0] in NETWORKS}
+
+    @torch.no_grad()
+    def load_network_state(self, weights):
+        """Take back what `network_state` gave."""
+        own = self.state_dict()
+        for name, value in weights.items():
+            own[name].copy_(value)
 
     def autocast(self):
         """The context in which the network runs: mixed precision where `precision` says so."""
@@ -588,7 +595,7 @@ class VAE_Model(nn.Module):
             img, label = self.pool.draw(args.batch_size, args.train_vi_len, args.next_share, lanes)
             yield img, label, flags
 
-    def toss(self, count, counted=None):
+    def toss(self, count, counted=False):
         """`count` coins that come up ground truth with chance tfr: bool (count,), one toss an epoch, a batch, or each."""
         if self.args.tf_coin == "frame":
             coins = torch.rand(count, generator=self.coins)
@@ -762,9 +769,9 @@ class VAE_Model(nn.Module):
         args = self.args
         require(args, "DR", "save_root")
         Dataset_Dance(args.DR, None, "val", args.val_vi_len)  # what needs no decoding first
-        shares = {1.0} if args.pool else {data_share(args, epoch) for epoch in (self.current_epoch, args.num_epoch - 1)}
-        for share in shares:
-            self.check_batch_size(len(Dataset_Dance(args.DR, None, "train", args.train_vi_len, share)))
+        # the epochs that see least data need a batch, too
+        share = 1.0 if args.pool else min(data_share(args, epoch) for epoch in (self.current_epoch, args.num_epoch - 1))
+        self.check_batch_size(len(Dataset_Dance(args.DR, None, "train", args.train_vi_len, share)))
 
         self.dataset("val", args.val_vi_len)
         dataset = self.dataset("train", args.train_vi_len)
@@ -792,8 +799,7 @@ class VAE_Model(nn.Module):
         if args.no_compile or self.device.type not in ("cuda", "cpu") or (self.device.type == "cpu" and not long):
             return
         self.say("compiling the networks (off with --no_compile)")
-        # the label encoder is small, and the last block of a rollout has a shape of its own
-        networks = [getattr(self, name) for name in NETWORKS if name != "label_transformation"]
+        networks = [getattr(self, name) for name in COMPILED]
         state = copy.deepcopy(self.training_state())
         state["compiled"] = True
         try:
@@ -904,11 +910,9 @@ class VAE_Model(nn.Module):
 
     def load_training_state(self, state):
         """Go on exactly where `training_state` was taken."""
-        with torch.no_grad():
-            for name, value in self.state_dict().items():
-                value.copy_(state["weights"][name])
-            for name, value in (state["ema"] or {}).items() if self.ema is not None else ():
-                self.ema[name].copy_(value)
+        self.load_network_state(state["weights"])
+        for name, value in (state["ema"] or {}).items() if self.ema is not None else ():
+            self.ema[name].copy_(value)
         self.optim.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.args.precision == "auto" and self.precision != state["precision"] and state["device"] == self.device.type:

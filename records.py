@@ -2,6 +2,7 @@
 
 A checkpoint of ours is one dict of plain types and tensors, so `torch.load(path, weights_only=True)` reads it. Loading
 never runs code from a file. Checkpoints of other people are brought into the same shape: see `read_checkpoint`.
+PyTorch is imported where a checkpoint is read or written, so that scripts that only write files start at once.
 """
 
 import csv
@@ -15,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from console import UserError
@@ -83,6 +83,8 @@ def atomic(path):
 
 def write_checkpoint(path, checkpoint):
     """torch.save, atomically. RuntimeError of a full disk becomes a UserError; the previous file stays whole."""
+    import torch
+
     with atomic(path) as aside:
         try:
             torch.save(checkpoint, aside)
@@ -105,8 +107,8 @@ def write_csv(path, columns, rows):
 
 
 @contextmanager
-def locked(folder):
-    """Hold a run's folder for this process; UserError where another run holds it. A killed process lets go by itself."""
+def locked(folder, flag="--save_root", what="run"):
+    """Hold a folder for this process; UserError where another run (or sweep) holds it. A killed process lets go by itself."""
     try:
         import fcntl
     except ImportError:  # Windows has no fcntl; the folder is not guarded there
@@ -115,13 +117,13 @@ def locked(folder):
     try:
         file = open(Path(folder) / ".lock", "w")
     except OSError as error:
-        raise UserError(f"--save_root {folder}: {error.strerror or error}; expected a folder that can be written") from None
+        raise UserError(f"{flag} {folder}: {error.strerror or error}; expected a folder that can be written") from None
     with file:
         os.register_at_fork(after_in_child=file.close)  # a loader process may outlive a killed run for seconds
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"--save_root {folder}: another run is using it; expected a folder of its own for each run") from None
+            raise UserError(f"{flag} {folder}: another {what} is using it; expected a folder of its own for each {what}") from None
         yield
 
 
@@ -134,6 +136,8 @@ def read_checkpoint(path):
     under `optimizer` alone; a bare state_dict; `module.` prefixes of DataParallel; NumPy numbers; extra keys; tensors
     saved on any device (they arrive on the CPU). UserError for everything else, a file with code in it included.
     """
+    import torch
+
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; expected a checkpoint file")
     try:
@@ -170,6 +174,8 @@ def read_checkpoint(path):
 
 def _figure(value, kind, low, high):
     """A number, NumPy scalar or tensor of one number as a plain int or float; None where it can't be that one."""
+    import torch
+
     try:
         value = kind(value.item() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -179,6 +185,8 @@ def _figure(value, kind, low, high):
 
 def _weights(candidate):
     """The five networks' tensors in a state_dict-like dict, prefixes of wrappers removed; {} where there are none."""
+    import torch
+
     if not isinstance(candidate, dict):
         return {}
     weights = {}

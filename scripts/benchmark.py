@@ -39,7 +39,6 @@ import Trainer
 from console import Parser, UserError, device_name, number, progress, run
 from dataloader import Dataset_Dance, Frames, WindowLoader, find_clips, frame_transform, list_pairs, list_test_sequences, read_picture
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
-from records import NETWORKS
 
 PARTS = ("data", "training", "pool", "rollout", "memory", "growth", "equality")
 DEMO = ["--train_frames", "320", "--sequence_frames", "64"]
@@ -146,9 +145,9 @@ def template_model(args, model):
 
 
 def compiled(args, **flags):
-    """Our model with its five networks compiled, as Trainer.py does it for long runs."""
+    """Our model with its networks compiled, as Trainer.py does it for long runs."""
     model = our_model(args, **flags)
-    for name in NETWORKS:
+    for name in Trainer.COMPILED:
         getattr(model, name).compile()
     return model
 

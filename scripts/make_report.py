@@ -574,7 +574,7 @@ def build_parser():
 def main():
     args = build_parser().parse_args()
     runs = load_report_runs(args.runs)
-    out = make_folder(args.out)
+    out = make_folder(args.out, "-o")
     try:
         analysis = kept_analysis(out / "report.md")
     except (OSError, UnicodeDecodeError) as error:

@@ -5,9 +5,7 @@
 #   bash scripts/package.sh 313553009 林于翔 --report my_report.pdf    also checks the report and names it beside the zip
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-}
-if [ -z "$python" ]; then python=$root/.venv/bin/python; fi
-if [ -z "${PYTHON:-}" ] && [ ! -x "$python" ]; then python=python3; fi
+. "$root/scripts/python.sh"
 if ! "$python" -c 'import sys; sys.path.insert(0, sys.argv[1]); import console; sys.exit(sys.version_info < (3, 10))' "$root" 2>/dev/null; then
   echo "error: $python is not Python 3.10 or newer with requirements.txt installed; name one that is with PYTHON=/path/to/python3" >&2
   exit 2

@@ -18,7 +18,6 @@ A figure whose numbers are missing is left out, and a line says so. Where an axi
 import csv
 import io
 import math
-import os
 import sys
 import textwrap
 from pathlib import Path
@@ -34,9 +33,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from console import Parser, UserError, run
-
-HISTORY = ("epoch lr tfr tf_share beta train_loss train_mse train_kl val_mse val_psnr_mean val_psnr_min val_psnr_last "
-           "skipped_steps seconds frames_per_second").split()
+from records import HISTORY, atomic, make_folder
 
 # Okabe and Ito 2008, without its yellow, which is lost on white paper; dashes and markers say the same without colour.
 STYLES = [
@@ -449,23 +446,8 @@ def make_figures(runs):
 
 def write(path, content):
     """Write bytes or text whole or not at all."""
-    content = content.encode() if isinstance(content, str) else content
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror}")
-
-
-def make_folder(path):
-    """Make the output folder."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"-o {path}: cannot be made a folder: {error.strerror}")
-    return Path(path)
+    with atomic(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def render(figure, kind):
@@ -507,7 +489,7 @@ def build_parser():
 def main():
     args = build_parser().parse_args()
     runs = load_runs(args.runs)
-    pictures, left_out = write_figures(runs, make_folder(args.out))
+    pictures, left_out = write_figures(runs, make_folder(args.out, "-o"))
     for line in left_out:
         print(line)
     print(f"{len(pictures)} figures in {args.out}: {', '.join(pictures)}")

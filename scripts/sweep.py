@@ -16,12 +16,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from console import UserError, number, run
+from console import UserError, number, run, say
+from records import atomic, locked
 
 # Flags that change how a run is computed or kept, but not what is compared: a sweep may go on with others.
 MACHINE = {"device", "gpu", "num_workers", "no_cache", "cache_dir", "per_save", "save_every_steps", "tensorboard", "no_compile",
@@ -107,9 +107,8 @@ class Record:
         self.save()
 
     def save(self):
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self.path)
+        with atomic(self.path) as aside:
+            aside.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
 
     def done(self, name):
         return name in self.content["done"] and (self.out / name / "history.csv").is_file()
@@ -119,27 +118,7 @@ class Record:
         self.save()
 
 
-@contextmanager
-def locked(out):
-    """Hold OUT for this process; UserError where another sweep is at work there."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no fcntl; the folder is not guarded there
-        yield
-        return
-    with open(out / ".sweep.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"OUT {out}: another sweep is at work there") from None
-        yield
-
-
 # ---------------------------------------------------------------- training
-
-def say(text):
-    print(text, flush=True)
-
 
 def last_line(log):
     """What a run said last."""
@@ -247,7 +226,7 @@ def main():
     turned = {"kl": kl_runs, "tfr": tfr_runs}[kind](num_epoch)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out):
+        with locked(out, "OUT", "sweep"):
             record = Record(out, kind, data, flags)
             common = [word for words in flags.values() for word in words]
             runs = {name: ["--DR", str(data), "--save_root", str(out / name), "--resume", *words, *common]

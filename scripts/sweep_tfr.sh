@@ -7,9 +7,5 @@
 #
 # Called again, it skips the runs that are done and goes on where it was. Details: scripts/sweep.py.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-}
-if [ -z "$python" ]; then
-  python=$root/.venv/bin/python
-  [ -x "$python" ] || python=python3
-fi
+. "$root/scripts/python.sh"
 exec "$python" "$root/scripts/sweep.py" tfr "$@"

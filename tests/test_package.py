@@ -37,7 +37,7 @@ def write(root, name, content=""):
 def tree(tmp_path):
     """A working folder, no git, with the source and everything that may lie around it."""
     root = tmp_path / "work"
-    for name in ("console.py", "LICENSE", "requirements.txt", "scripts/package.sh", "scripts/package.py"):
+    for name in ("console.py", "LICENSE", "requirements.txt", "scripts/package.sh", "scripts/package.py", "scripts/python.sh"):
         write(root, name, (ROOT / name).read_bytes())
     for name, content in SOURCE.items():
         write(root, name, content)
@@ -65,7 +65,7 @@ def test_holds_the_source_and_nothing_else(tree):
     with zipfile.ZipFile(tree / "LAB4_313553009_林于翔.zip") as archive:
         assert archive.testzip() is None
         names = set(archive.namelist())
-    source = {*SOURCE, "console.py", "LICENSE", "requirements.txt", "scripts/package.sh", "scripts/package.py"}
+    source = {*SOURCE, "console.py", "LICENSE", "requirements.txt", "scripts/package.sh", "scripts/package.py", "scripts/python.sh"}
     assert names == {f"LAB4_313553009_林于翔/{name}" for name in source}
     out = done.stdout.decode()
     assert f"{len(source)} files" in out and "virtual environment" in out and "weights" in out and "picture" in out
@@ -78,7 +78,7 @@ def test_unpacks_to_a_tree_whose_commands_run(tree, tmp_path):
     with zipfile.ZipFile(first) as archive:
         executable = {info.filename.split("/", 1)[1] for info in archive.infolist() if info.external_attr >> 16 & 0o100}
         archive.extractall(tmp_path)
-    assert executable == {"scripts/package.sh", ".ci/run"}
+    assert executable == {"scripts/package.sh", "scripts/python.sh", ".ci/run"}
     unpacked = tmp_path / "LAB4_1_Ada Lovelace"
     done = subprocess.run([sys.executable, "Trainer.py"], cwd=unpacked, capture_output=True, text=True)
     assert done.stdout == "trained\n"

@@ -53,7 +53,8 @@ def project(tmp_path):
     """A copy of the scripts beside a Trainer.py that pretends, a data folder, and a place for what was started."""
     tree = tmp_path / "a project"
     shutil.copytree(ROOT / "scripts", tree / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "console.py", tree)
+    for room in ("console.py", "records.py"):
+        shutil.copy(ROOT / room, tree)
     (tree / "Trainer.py").write_text(PRETENDER)
     (tmp_path / "data").mkdir()
     return tmp_path
