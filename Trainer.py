@@ -13,6 +13,7 @@ training step, its rollout, its training stage and its checkpoints, and the comm
 import argparse
 import atexit
 import copy
+import ctypes
 import math
 import os
 import shlex
@@ -49,7 +50,7 @@ COMPILE_MINUTES = 20      # from this --max_minutes on, or this many frames to t
 COMPILE_FRAMES = 20_000   # measured: docs/PERFORMANCE.md
 # the label encoder is small, and the last block of a rollout has a shape of its own
 COMPILED = [name for name in NETWORKS if name != "label_transformation"]
-CPU_PIXELS = 4 * 32 * 64  # what a CPU computes at a time: larger activations cost page faults (docs/PERFORMANCE.md)
+CPU_PIXELS = 16 * 32 * 64  # what a CPU computes at a time: more gains little and holds more memory (docs/PERFORMANCE.md)
 STARTED = time.monotonic()
 
 
@@ -223,7 +224,9 @@ def in_pieces(function, *inputs):
 
 
 def pick(x, steps):
-    """x[steps], as a view where the steps are the first ones."""
+    """x[steps], without a copy where the steps are the first ones."""
+    if steps == list(range(len(x))):
+        return x
     return x[:len(steps)] if steps == list(range(len(steps))) else x[steps]
 
 
@@ -320,11 +323,13 @@ class VAE_Model(nn.Module):
         # what does not depend on a prediction, for all time steps at once
         pose = over_time(self.label_transformation, label[1:])                        # (T-1, B, L_dim, H, W)
         feature = self.saving_memory(self.frame_transformation, img)                  # (T, B, F_dim, H, W)
-        z, mu, logvar = self.saving_memory(self.Gaussian_Predictor, feature[1:], pose)    # (T-1, B, N_dim, H, W)
+        past, future = feature.split([1, length - 1])
+        z, mu, logvar = self.saving_memory(self.Gaussian_Predictor, future, pose)     # (T-1, B, N_dim, H, W)
 
         # step s predicts frame s + 1: from ground truth all at once, else from the frame just generated
         forced = [s for s in range(length - 1) if s == 0 or taught[s + 1]]
-        frames = self.saving_memory(self.decode, pick(feature, forced), pick(pose, forced), pick(z, forced))
+        history = past if forced == [0] else pick(feature, forced)
+        frames = self.saving_memory(self.decode, history, pick(pose, forced), pick(z, forced))
         generated = dict(zip(forced, frames))
         for s in range(length - 1):
             if s not in generated:
@@ -1086,6 +1091,8 @@ def pick_device(name):
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
@@ -1095,6 +1102,20 @@ def pick_device(name):
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: there is none here; expected cpu or cuda")
     return device
+
+
+def keep_freed_memory():
+    """Have the C library keep what is freed: fetching activations anew from the system is a page fault for every 4 KB.
+
+    The options are glibc's (mallopt(3)); another C library goes on as it does.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
 def pick_precision(wanted, device):
