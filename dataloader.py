@@ -228,8 +228,8 @@ class Frames:
 
     def take(self, index):
         """Frames and poses at a tensor of indices: float32 in [0, 1], bit for bit what ToTensor gives."""
-        index = index.to(self.imgs.device)
-        return to_float(self.imgs[index]), to_float(self.labels[index])
+        rows = index.flatten().to(self.imgs.device)  # index_select copies whole pictures, a tensor as an index value by value
+        return tuple(to_float(pictures.index_select(0, rows)).unflatten(0, index.shape) for pictures in (self.imgs, self.labels))
 
 
 def to_float(pictures):
