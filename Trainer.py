@@ -206,28 +206,18 @@ def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def over_time(function, *inputs):
-    """Apply a function of (B, ...) tensors to all time steps of (T, B, ...) tensors at once."""
-    outputs = function(*(channels_last(x.flatten(0, 1)) for x in inputs))
-    shape = inputs[0].shape[:2]
-    return outputs.unflatten(0, shape) if torch.is_tensor(outputs) else tuple(x.unflatten(0, shape) for x in outputs)
+def in_pieces(function, *inputs, size=None):
+    """Apply a function that treats every picture alone to (N, ...) tensors, `size` pictures at a time (None: what suits the device)."""
+    count, _, height, width = inputs[0].shape
+    if size is None:
+        size = max(1, CPU_PIXELS // (height * width)) if inputs[0].device.type == "cpu" else count
+    pieces = [function(*at) for at in zip(*(x.split(size) for x in inputs))]
+    return join(pieces) if torch.is_tensor(pieces[0]) else tuple(map(join, zip(*pieces)))
 
 
-def in_pieces(function, *inputs):
-    """over_time(function, ...), on a CPU a few time steps at a time, for functions that treat every picture alone."""
-    steps, batch, _, height, width = inputs[0].shape
-    piece = max(1, CPU_PIXELS // (batch * height * width)) if inputs[0].device.type == "cpu" else steps
-    if piece >= steps:
-        return over_time(function, *inputs)
-    pieces = [over_time(function, *at) for at in zip(*(x.split(piece) for x in inputs))]
-    return torch.cat(pieces) if torch.is_tensor(pieces[0]) else tuple(map(torch.cat, zip(*pieces)))
-
-
-def pick(x, steps):
-    """x[steps], without a copy where the steps are the first ones."""
-    if steps == list(range(len(x))):
-        return x
-    return x[:len(steps)] if steps == list(range(len(steps))) else x[steps]
+def join(parts):
+    """torch.cat, without a copy of what is whole already."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @contextmanager
@@ -316,30 +306,31 @@ class VAE_Model(nn.Module):
         for the whole window, or bool (T,): whether frame t is predicted from ground truth t - 1 (t = 1 always is).
         Returns (loss, mse, kl, generated (B, 3, H, W)): means over the T - 1 predicted frames, kl in nats.
         """
-        length = img.shape[1]
-        img, label = img.transpose(0, 1), label.transpose(0, 1)                    # (B, T, 3, H, W) -> (T, B, 3, H, W)
+        batch, length = img.shape[:2]
         taught = torch.as_tensor(adapt_TeacherForcing).expand(length).tolist()
+        # time steps lie one after the other in one batch: (B, T, 3, H, W) -> (T * B, 3, H, W). Joined and split along
+        # it, tensors stay channels-last, their gradients too; with a dimension of time PyTorch would rearrange them
+        img, label = (channels_last(x.transpose(0, 1).flatten(0, 1)) for x in (img, label))
 
         # what does not depend on a prediction, for all time steps at once
-        pose = over_time(self.label_transformation, label[1:])                        # (T-1, B, L_dim, H, W)
-        feature = self.saving_memory(self.frame_transformation, img)                  # (T, B, F_dim, H, W)
-        past, future = feature.split([1, length - 1])
-        z, mu, logvar = self.saving_memory(self.Gaussian_Predictor, future, pose)     # (T-1, B, N_dim, H, W)
+        pose = self.label_transformation(label[batch:])                               # ((T-1) * B, L_dim, H, W)
+        feature = self.saving_memory(self.frame_transformation, batch, img).split(batch)   # T of (B, F_dim, H, W)
+        z, mu, logvar = self.saving_memory(self.Gaussian_Predictor, batch, join(feature[1:]), pose)  # N_dim channels
+        pose, z = pose.split(batch), z.split(batch)
 
         # step s predicts frame s + 1: from ground truth all at once, else from the frame just generated
         forced = [s for s in range(length - 1) if s == 0 or taught[s + 1]]
-        history = past if forced == [0] else pick(feature, forced)
-        frames = self.saving_memory(self.decode, history, pick(pose, forced), pick(z, forced))
-        generated = dict(zip(forced, frames))
+        inputs = [join([x[s] for s in forced]) for x in (feature, pose, z)]
+        generated = dict(zip(forced, self.saving_memory(self.decode, batch, *inputs).split(batch)))
         for s in range(length - 1):
             if s not in generated:
-                generated[s], = self.saving_memory(self.next_frame, generated[s - 1][None], pose[s:s + 1], z[s:s + 1])
+                generated[s] = self.saving_memory(self.next_frame, batch, generated[s - 1], pose[s], z[s])
 
-        generated = torch.stack([generated[s] for s in range(length - 1)])            # (T-1, B, 3, H, W)
-        mse = getattr(self, "mse_criterion", F.mse_loss)(generated.float(), img[1:])
-        kl = kl_criterion(mu.float(), logvar.float(), mu.shape[0] * mu.shape[1])
+        frames = join([generated[s] for s in range(length - 1)])                      # ((T-1) * B, 3, H, W)
+        mse = getattr(self, "mse_criterion", F.mse_loss)(frames.float(), img[batch:])
+        kl = kl_criterion(mu.float(), logvar.float(), len(mu))
         loss = mse + self.kl_annealing.get_beta() * self.args.kl_weight * kl
-        return loss, mse, kl, generated[-1]
+        return loss, mse, kl, generated[length - 2]
 
     def decode(self, history, pose, z):
         """Features of the past frame and the pose, and z, each (B, ..., H, W), to frames (B, 3, H, W)."""
@@ -350,14 +341,11 @@ class VAE_Model(nn.Module):
         """The frame that follows `previous` (B, 3, H, W): one step of a rollout."""
         return self.decode(self.frame_transformation(previous), pose, z)
 
-    def saving_memory(self, function, *inputs):
-        """in_pieces(function, ...); with --checkpoint_steps a frame at a time, its activations computed again backward."""
-        if not (self.args.checkpoint_steps and torch.is_grad_enabled()):
-            return in_pieces(function, *inputs)
-        results = [checkpoint(function, *map(channels_last, at_t), use_reentrant=False) for at_t in zip(*inputs)]
-        if torch.is_tensor(results[0]):
-            return torch.stack(results)
-        return tuple(torch.stack(parts) for parts in zip(*results))
+    def saving_memory(self, function, batch, *inputs):
+        """in_pieces(function, ...); with --checkpoint_steps a time step at a time, its activations computed again backward."""
+        if self.args.checkpoint_steps and torch.is_grad_enabled():
+            return in_pieces(partial(checkpoint, function, use_reentrant=False), *inputs, size=batch)
+        return in_pieces(function, *inputs)
 
     def training_one_step(self, img, label, adapt_TeacherForcing):
         """Forward, backward and one step of the optimizer on a batch of windows; returns the loss (see `forward`)."""
@@ -423,7 +411,8 @@ class VAE_Model(nn.Module):
         with evaluating(self), self.autocast():
             for start in range(1, length, ROLLOUT_BLOCK):
                 # (S, t, 3, H, W) -> (t, S, L_dim, H, W); every sequence as often as it is rolled out
-                pose = over_time(self.label_transformation, label[:, start:start + ROLLOUT_BLOCK].transpose(0, 1).to(device))
+                poses = label[:, start:start + ROLLOUT_BLOCK].transpose(0, 1).to(device)
+                pose = self.label_transformation(channels_last(poses.flatten(0, 1))).unflatten(0, poses.shape[:2])
                 pose = pose.repeat_interleave(args.rollouts, 1)
                 steps = len(pose)
                 if args.z == "prior":
