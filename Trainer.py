@@ -46,8 +46,6 @@ ROLLOUT_BLOCK = 32        # frames between two looks at the rollout: progress ba
 MAX_SKIPPED = 20          # non-finite steps in a row that end training
 POSE_SAMPLE = 4096        # training poses that BatchNorm's statistics are recomputed over
 GIF_TICK = 40             # milliseconds a frame, the template's
-COMPILE_MINUTES = 20      # from this --max_minutes on, or this many frames to train on, compiling pays on a CPU:
-COMPILE_FRAMES = 20_000   # measured: docs/PERFORMANCE.md
 # the label encoder is small, and the last block of a rollout has a shape of its own
 COMPILED = [name for name in NETWORKS if name != "label_transformation"]
 CPU_PIXELS = 16 * 32 * 64  # what a CPU computes at a time: more gains little and holds more memory (docs/PERFORMANCE.md)
@@ -240,7 +238,7 @@ class VAE_Model(nn.Module):
 
     # for subclasses that never run __init__ but build the five networks themselves, as the template's Tester does
     current_epoch, step, steps_done = 0, 0, 0
-    ema = pool = parallel = poses = clock = board = restored = bar = stop_signal = train_frames = compiled = None
+    ema = pool = parallel = poses = clock = board = restored = bar = stop_signal = train_frames = None
     best_psnr, rank, world, agreed = -math.inf, 0, 1, 0
 
     def __init__(self, args):
@@ -782,20 +780,13 @@ class VAE_Model(nn.Module):
             self.poses = poses[chosen.to(poses.device) if torch.is_tensor(chosen) else chosen]
 
     def compile_networks(self):
-        """torch.compile each network where it pays: on CUDA, and on a CPU in runs long enough to earn it back."""
+        """torch.compile each network on CUDA; on a CPU it does not pay (docs/PERFORMANCE.md)."""
         args = self.args
-        pixels = args.frame_H * args.frame_W / 2048 * sum(p.numel() for p in self.parameters()) / 1.6e6
-        frames = sum(self.steps_in(e) for e in range(self.current_epoch, args.num_epoch)) * args.batch_size * (args.train_vi_len - 1)
-        long = args.max_minutes >= COMPILE_MINUTES if args.max_minutes else frames * pixels >= COMPILE_FRAMES
-        if self.compiled is not None:  # as before the stop: compiled sums may round in another way
-            long = self.compiled
-        self.compiled = False
-        if args.no_compile or self.device.type not in ("cuda", "cpu") or (self.device.type == "cpu" and not long):
+        if args.no_compile or self.device.type != "cuda":
             return
         self.say("compiling the networks (off with --no_compile)")
         networks = [getattr(self, name) for name in COMPILED]
         state = copy.deepcopy(self.training_state())
-        state["compiled"] = True
         try:
             for network in networks:
                 network.compile()
@@ -804,7 +795,6 @@ class VAE_Model(nn.Module):
         except Exception as error:  # no compiler, no triton, an operator that it can't take: many kinds
             for network in networks:
                 network._compiled_call_impl = None
-            state["compiled"] = False
             self.say(f"torch.compile does not work here ({type(error).__name__}): going on without it")
         self.load_training_state(state)
 
@@ -899,7 +889,7 @@ class VAE_Model(nn.Module):
             "seconds": self.seconds, "share_done": self.share_done(), "best_psnr": self.best_psnr,
             "history": [dict(row) for row in self.history], "train_frames": self.train_frames, "precision": self.precision,
             "num_epoch": self.args.num_epoch, "given": sorted(set(self.args.given) - OF_THE_MACHINE), "device": self.device.type,
-            "compiled": self.compiled, "ranks": ranks,
+            "ranks": ranks,
         }
 
     def load_training_state(self, state):
@@ -915,7 +905,6 @@ class VAE_Model(nn.Module):
             self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         if state["scaler"]:  # empty where nothing was scaled
             self.scaler.load_state_dict(state["scaler"])
-        self.compiled = state["compiled"]
         self.current_epoch, self.tfr = state["epoch"], state["tfr"]
         self.kl_annealing.current_epoch = state["kl_epoch"]
         self.step, self.steps_done, self.epoch_coin = state["step"], state["steps_done"], state["epoch_coin"]
