@@ -45,6 +45,7 @@ WARM_UP = 0.02            # share of the run in which the cosine schedule climbs
 ROLLOUT_BLOCK = 32        # frames between two looks at the rollout: progress bar, signals, non-finite values
 MAX_SKIPPED = 20          # non-finite steps in a row that end training
 POSE_SAMPLE = 4096        # training poses that BatchNorm's statistics are recomputed over
+NOISE_MSE = 1e-5          # 50 dB: an error so small is not worth a gradient
 GIF_TICK = 40             # milliseconds a frame, the template's
 # the label encoder is small, and the last block of a rollout has a shape of its own
 COMPILED = [name for name in NETWORKS if name != "label_transformation"]
@@ -65,6 +66,14 @@ def kl_criterion(mu, logvar, batch_size):
     mu, logvar: (B, N_dim, H, W). Kingma & Welling 2014, appendix B.
     """
     return -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp()) / batch_size
+
+
+def log_mse(frames, truth):
+    """The logarithm of each picture's MSE, so that a decibel counts the same at every PSNR (Rybkin et al. 2021, calibrated decoders).
+
+    frames, truth: (B, 3, H, W) in [0, 1]. 0 where they are equal; the gradient is that of the MSE at 30 dB, more below that error, less above.
+    """
+    return 1e-3 * torch.log1p((frames - truth).square().mean((1, 2, 3)) / NOISE_MSE).mean()
 
 
 # ---------------------------------------------------------------- schedules (epochs count from 0)
@@ -327,7 +336,8 @@ class VAE_Model(nn.Module):
         frames = join([generated[s] for s in range(length - 1)])                      # ((T-1) * B, 3, H, W)
         mse = getattr(self, "mse_criterion", F.mse_loss)(frames.float(), img[batch:])
         kl = kl_criterion(mu.float(), logvar.float(), len(mu))
-        loss = mse + self.kl_annealing.get_beta() * self.args.kl_weight * kl
+        reconstruction = log_mse(frames.float(), img[batch:]) if self.args.objective == "log_mse" else mse
+        loss = reconstruction + self.kl_annealing.get_beta() * self.args.kl_weight * kl
         return loss, mse, kl, generated[length - 2]
 
     def decode(self, history, pose, z):

@@ -136,7 +136,7 @@ RECIPES = {
     "template": {},
     # measured: docs/RECIPE.md
     "pool": dict(pool=64, train_vi_len=2, batch_size=4, tfr=0.035, tfr_d_step=0.0, tf_coin="frame", optim="AdamW",
-                 lr=7e-4, schedule="cosine", ema=0.998, kl_weight=1e-4, kl_anneal_type="None", refresh_norm=True),
+                 lr=7e-4, schedule="cosine", ema=0.998, objective="log_mse", kl_weight=1e-4, kl_anneal_type="None", refresh_norm=True),
 }
 DEFAULT_RECIPE = "pool"
 
@@ -252,11 +252,12 @@ def build_parser(prog, description):
     forcing.add_argument("--tfr_d_step", type=number(float, 0, 1), default=0.1, metavar="STEP", help="how much it drops an epoch")
     forcing.add_argument("--tf_coin", choices=("epoch", "batch", "frame"), default="epoch", help="how often the coin of teacher forcing is tossed")
 
-    kl = parser.add_argument_group("KL term")
+    kl = parser.add_argument_group("loss")
+    kl.add_argument("--objective", choices=("mse", "log_mse"), default="mse", help="what measures the reconstruction: mean squared error, or the logarithm of each picture's, which is what PSNR counts")
     kl.add_argument("--kl_anneal_type", type=kl_anneal_type, default="Cyclical", metavar="TYPE", help="Cyclical, Monotonic or None (beta is 1 throughout)")
     kl.add_argument("--kl_anneal_cycle", type=number(int, 1), default=10, metavar="N", help="cycles of Cyclical")
     kl.add_argument("--kl_anneal_ratio", type=number(float, 0, 1, above=True), default=1.0, metavar="SHARE", help="share of a cycle in which beta climbs")
-    kl.add_argument("--kl_weight", type=number(float, 0), default=1.0, metavar="W", help="weight of a nat of KL beside the mean squared error, times beta")
+    kl.add_argument("--kl_weight", type=number(float, 0), default=1.0, metavar="W", help="weight of a nat of KL beside the reconstruction, times beta")
 
     running = parser.add_argument_group("running")
     running.add_argument("--device", type=device_name, metavar="DEVICE", help="cuda, cuda:N, cpu or mps (None: cuda where there is one, else cpu)")

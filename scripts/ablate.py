@@ -38,6 +38,7 @@ SETTINGS = {
     "next_1": ["--next_share", "1"],
     "window_3": ["--train_vi_len", "3"],
     "window_5": ["--train_vi_len", "5"],
+    "mse": ["--objective", "mse"],
     "lr_3.5e-4": ["--lr", "3.5e-4"],
     "lr_1.4e-3": ["--lr", "1.4e-3"],
     "kl_1e-5": ["--kl_weight", "1e-5"],

@@ -359,8 +359,8 @@ def build_blocks(runs, figures, left_out, player_note):
              "and `Gaussian_Predictor` the frame itself together with its pose into mu and logvar, from which z is "
              "drawn. `Decoder_Fusion` joins past frame, pose and z, and `Generator` makes the frame. The past frame is "
              "ground truth for the first prediction of a window and where teacher forcing says so, else the frame just "
-             "generated. The loss is the mean squared error plus the weighted KL divergence between N(mu, exp(logvar)) "
-             "and N(0, I). Gradients are clipped by norm before each step of the optimizer.")
+             "generated. The loss is the mean squared error (with `--objective log_mse`, the logarithm of each picture's, on the scale "
+             "1e-3 log(1 + MSE / 1e-5)) plus the weighted KL divergence between N(mu, exp(logvar)) and N(0, I). Gradients are clipped by norm before each step of the optimizer.")
     if any_setting(runs, lambda s: s.get("pool")):
         add("p", "Runs with `--pool` above 0 keep that many running rollouts: the past frame of a training window is "
                  "one that the network generated earlier, in a rollout that has gone on since, and the window's last "
@@ -403,7 +403,7 @@ def build_blocks(runs, figures, left_out, player_note):
              "cycles, in each of which beta climbs linearly from 0 towards 1 over the first `--kl_anneal_ratio` of the "
              "cycle and then stays at 1. Monotonic: one such cycle over all epochs. None: 1 throughout. `--kl_weight` "
              "is a constant factor beside beta.")
-    settings = choice(runs, "kl_anneal_type", "kl_anneal_cycle", "kl_anneal_ratio", "kl_weight")
+    settings = choice(runs, "objective", "kl_anneal_type", "kl_anneal_cycle", "kl_anneal_ratio", "kl_weight")
     if settings:
         add("table", settings)
     figure("beta_schedules")

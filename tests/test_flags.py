@@ -62,7 +62,7 @@ REFUSED = {
     "max_minutes": [*NUMBERS, "0", "-1", "1e7"],
     "device": ["", "gpu", "cuda:", "cuda:x", "cpu:1", "CPU"],
     "kl_anneal_type": ["", "Cosine", "Cyclical "],
-    **dict.fromkeys(("output", "recipe", "optim", "schedule", "tf_coin", "precision", "z"), ["", "none of these", "ADAM"]),
+    **dict.fromkeys(("output", "objective", "recipe", "optim", "schedule", "tf_coin", "precision", "z"), ["", "none of these", "ADAM"]),
 }
 
 
