@@ -2,23 +2,25 @@
 
     python scripts/ablate.py DATA OUT --frames 2500                       # every setting, the same number of training frames
     python scripts/ablate.py DATA OUT --minutes 8 pool template           # two settings, the same wall-clock on an idle machine
-    python scripts/ablate.py DATA OUT --frames 2500 --seeds 0 1 2 pool no_ema
+    python scripts/ablate.py DATA OUT --frames 2500 --seeds 0 1 2 pool no_ema mse+batch_4
 
-Each run lands in OUT/{setting}_s{seed}_{budget}/; a run that is there and done is not run again. After every run its
-curve (one row an epoch) is appended to --csv, docs/ablation.csv by default, so the work can be taken up again.
+Settings joined by + are combined. Each run lands in OUT/{setting}_s{seed}_{budget}/; a run that is there and done is not run
+again. After every run its curve (one row an epoch) is appended to --csv, docs/ablation.csv by default, so the work can be
+taken up again.
 """
 
 import csv
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmark import machine  # noqa: E402
 from console import Parser, UserError, number, progress, run, say  # noqa: E402
 from dataloader import list_pairs  # noqa: E402
 from records import read_checkpoint  # noqa: E402
+from Trainer import pick_device  # noqa: E402
 
 # name: the flags in which a setting differs from the recommended command
 SETTINGS = {
@@ -27,7 +29,8 @@ SETTINGS = {
     "no_ema": ["--ema", "0"],
     "ema_0.99": ["--ema", "0.99"],
     "ema_0.9995": ["--ema", "0.9995"],
-    "batch_2": ["--batch_size", "2"],
+    "batch_1": ["--batch_size", "1"],
+    "batch_4": ["--batch_size", "4"],
     "batch_8": ["--batch_size", "8"],
     "lanes_16": ["--pool", "16"],
     "lanes_256": ["--pool", "256"],
@@ -62,13 +65,13 @@ def budget_flags(args, frames_in_data):
 def curve(folder, setting, seed, budget):
     """Rows of COLUMNS from a run's history.csv."""
     frames = seconds = 0.0
-    rows = []
+    rows, here = [], machine(pick_device(None).type)
     with open(folder / "history.csv", newline="") as file:
         for row in csv.DictReader(file):
             seconds += float(row["seconds"])
             frames += float(row["seconds"]) * float(row["frames_per_second"])
             rows.append(dict(zip(COLUMNS, (
-                setting, seed, budget, f"{platform.machine()} {platform.processor() or 'cpu'}".strip(), row["epoch"], round(frames),
+                setting, seed, budget, here.get("gpu") or f"{here['cpu']}, {here['threads']} threads", row["epoch"], round(frames),
                 round(seconds / 60, 1), *(round(float(row[f"val_psnr_{kind}"]), 2) for kind in ("mean", "min", "last"))))))
     return rows
 
@@ -108,9 +111,9 @@ def build_parser():
 
 def main():
     args, flags = build_parser().parse_known_args()
-    unknown = [name for name in args.settings if name not in SETTINGS]
+    unknown = [setting for setting in args.settings if not set(setting.split("+")) <= SETTINGS.keys()]
     if unknown:
-        raise UserError(f"SETTING {unknown[0]}: expected one of {', '.join(SETTINGS)}")
+        raise UserError(f"SETTING {unknown[0]}: expected one of {', '.join(SETTINGS)}, or several joined by +")
     if (args.frames is None) == (args.minutes is None):
         raise UserError("--frames or --minutes: expected exactly one of them")
     budget, name = budget_flags(args, len(list_pairs(args.data, "train")[0]))
@@ -120,7 +123,7 @@ def main():
         folder = Path(args.out) / f"{setting}_s{seed}_{name}"
         if not done(folder):
             command = [sys.executable, str(ROOT / "Trainer.py"), "--DR", args.data, "--save_root", str(folder), "--seed", str(seed),
-                       "--resume", *budget, *SETTINGS[setting], *flags]
+                       "--resume", *budget, *(flag for name in setting.split("+") for flag in SETTINGS[name]), *flags]
             if subprocess.run(command).returncode:
                 raise UserError(f"{folder}: the run did not end well; expected exit status 0 from {' '.join(command[1:])}")
             append(args.csv, curve(folder, setting, seed, name))

@@ -284,19 +284,20 @@ class Bench:
             model.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
             return model
 
-        def step(model, batch=4, length=2):
+        def step(model, length=2):
+            batch = model.args.batch_size
             img, label = model.pool.draw(batch, length, 0.5, torch.zeros(batch, dtype=torch.bool))
             model.training_one_step(img, label, torch.zeros(length, dtype=torch.bool))
             model.pool.put(model.generated)
 
         ours = with_lanes(our_model(args, "pool"))
-        template = template_model(args, ours)
-        img, label = self.windows(4, 2)
+        template, batch = template_model(args, ours), ours.args.batch_size
+        img, label = self.windows(batch, 2)
         ways = {"template": lambda: template.training_one_step(img, label, True), "ours": lambda: step(ours)}
         if args.compile:
             fast = with_lanes(compiled(args, recipe="pool"))
             ways["compiled"] = lambda: step(fast)
-        row = self.alternate("training, pool recipe, batch 4, window 2", ways, 4, runs=4 * args.runs)
+        row = self.alternate(f"training, pool recipe, batch {batch}, window 2", ways, batch, runs=4 * args.runs)
         self.count_flops(row, {"template": template, "ours": ours},
                          lambda model: model.training_one_step(img, label, True) if model is template else step(model))
 
