@@ -40,7 +40,7 @@ from records import (HISTORY, NETWORKS, check_save_root, load_weights, locked, l
                      optimizer_fits, plot_psnr, read_checkpoint, sizes, sweep_leftovers, write_checkpoint, write_csv, write_gif)
 
 CLIP_NORM = 1.0           # gradient norm, the template's
-FAST_LR = 2.0             # how much larger --fast_train's learning rate is, unless --lr is given
+FAST_LR = 1.5             # how much larger --fast_train's learning rate is, unless --lr is given
 WARM_UP = 0.02            # share of the run in which the cosine schedule climbs
 ROLLOUT_BLOCK = 32        # frames between two looks at the rollout: progress bar, signals, non-finite values
 MAX_SKIPPED = 20          # non-finite steps in a row that end training

@@ -135,8 +135,8 @@ class Parser(argparse.ArgumentParser):
 RECIPES = {
     "template": {},
     # measured: docs/RECIPE.md
-    "pool": dict(pool=64, train_vi_len=2, tfr=0.035, tfr_d_step=0.0, tf_coin="frame", optim="AdamW",
-                 lr=7e-4, schedule="cosine", ema=0.998, objective="log_mse", kl_weight=1e-4, kl_anneal_type="None", refresh_norm=True),
+    "pool": dict(pool=64, train_vi_len=2, batch_size=4, tfr=0.035, tfr_d_step=0.0, tf_coin="frame", optim="AdamW",
+                 schedule="cosine", ema=0.998, objective="log_mse", kl_weight=1e-4, kl_anneal_type="None", refresh_norm=True),
 }
 DEFAULT_RECIPE = "pool"
 
