@@ -170,14 +170,14 @@ def test_fast_train_shortens_exactly_its_epochs_at_a_larger_rate(recipe, words, 
     fast = ["--fast_train", "--fast_train_epoch", "2", "--fast_partial", "0.5"]
     rates, frames = history(tiny_data, tmp_path / "fast", *words, *fast)
     assert frames == [whole // 2, whole // 2, whole, whole]
-    assert min(rates[:2]) > max(rates[2:]) and max(rates) > 1.5 * max(plain)
+    assert min(rates[:2]) > max(rates[2:]) and max(rates) > 1.2 * max(plain)
 
     default = Trainer.build_parser().parse_args(words).lr
     explicit, frames = history(tiny_data, tmp_path / "explicit", *words, *fast, "--lr", str(default))
     assert frames == [whole // 2, whole // 2, whole, whole]
-    assert max(explicit) <= default and explicit == pytest.approx([rates[0] / 2, rates[1] / 2, *rates[2:]], rel=1e-6)
+    assert max(explicit) <= default and explicit == pytest.approx([rates[0] / 1.5, rates[1] / 1.5, *rates[2:]], rel=1e-6)
     if recipe == "template":
-        assert plain == pytest.approx([0.001, 0.001, 0.0001, 0.0001]) and rates == pytest.approx([0.002, 0.002, 0.0001, 0.0001])
+        assert plain == pytest.approx([0.001, 0.001, 0.0001, 0.0001]) and rates == pytest.approx([0.0015, 0.0015, 0.0001, 0.0001])
 
 
 def test_fast_train_with_a_share_of_the_rest(tiny_data, tmp_path):
