@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT))
 from benchmark import machine  # noqa: E402
 from console import Parser, UserError, number, progress, run, say  # noqa: E402
 from dataloader import list_pairs  # noqa: E402
+from devices import pick_device  # noqa: E402
 from records import read_checkpoint  # noqa: E402
-from Trainer import pick_device  # noqa: E402
 
 # name: the flags in which a setting differs from the recommended command
 SETTINGS = {

@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 import Trainer
 from console import Parser, UserError, device_name, number, progress, run
 from dataloader import Dataset_Dance, Frames, WindowLoader, find_clips, frame_transform, list_pairs, list_test_sequences, read_picture
+from devices import pick_device
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 
 PARTS = ("data", "training", "pool", "rollout", "memory", "growth", "equality")
@@ -573,7 +574,7 @@ def measure(args, root, folder):
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    args.device = str(Trainer.pick_device(args.device))
+    args.device = str(pick_device(args.device))
     for name, value in (TINY_DIMS if args.quick else DIMS).items():
         setattr(args, name, value)
     if args.quick:

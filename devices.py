@@ -1,0 +1,89 @@
+"""What a machine offers: the device, the precision that it multiplies fastest in, and memory that is kept."""
+
+import ctypes
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from console import UserError
+
+
+def pick_device(name):
+    """The torch.device of --device (None: CUDA where there is one, else the CPU). UserError where it is missing."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cpu":
+        keep_memory_and_kernels()
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UserError(f"--device {name}: there are {count} CUDA devices here; expected one that is there, or cpu")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: there is none here; expected cpu or cuda")
+    return device
+
+
+def keep_memory_and_kernels():
+    """Have the C library keep what is freed, and oneDNN every kernel that it has built.
+
+    Activations fetched anew from the system are a page fault for every 4 KB, and oneDNN by default forgets all but 1024
+    kernels: fewer than training and validating take together. The first two options are glibc's (mallopt(3)); another C
+    library goes on as it does. The third is oneDNN's, which reads it at its first convolution.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)  # 32 MB is the most that old versions take
+    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+
+
+def pick_precision(wanted, device):
+    """(fp32, bf16 or fp16, why) for --precision on a device.
+
+    auto takes mixed precision where the hardware has it and gains by it: bf16 on CUDA from compute capability 8.0 and on
+    CPUs with AMX or, from AMD, AVX512-BF16. Intel's AVX512-BF16 without AMX multiplies at half of fp32's rate (measured:
+    docs/PERFORMANCE.md). A CPU is never timed, so that a run repeats to the bit; older GPUs are: fp16 or fp32.
+    """
+    if wanted != "auto":
+        return wanted, f"{wanted} as asked"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16", "bf16"
+    if device.type == "cuda":
+        ratio = matmul_speed(torch.float16, device) / matmul_speed(torch.float32, device)
+        name = "fp16" if ratio > 1.1 else "fp32"
+        return name, f"{name} (fp16 multiplies {ratio:.1f} times as fast as fp32 here)"
+    if device.type == "cpu":
+        amx, avx = (getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+        if amx or avx and "AuthenticAMD" in cpu_description():
+            return "bf16", f"bf16 ({'AMX' if amx else 'AVX512-BF16'})"
+        if avx:
+            return "fp32", "fp32 (this CPU's AVX512-BF16 is slower; --precision bf16 takes it all the same)"
+    return "fp32", "fp32"
+
+
+def cpu_description():
+    """What the system says of its CPUs; empty where it has no /proc/cpuinfo."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def matmul_speed(dtype, device, size=1024):
+    """Matrix products a second, the best of several."""
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(6):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - began)
+    return 1 / best
