@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import console
 from console import Stopped, UserError, progress
-from dataloader import Dataset_Dance, decode, frame_transform, to_float
+from dataloader import Dataset_Dance, cache_folder, cached, frame_transform, to_float
 from records import atomic, check_save_root, make_folder
 from Trainer import VAE_Model, adopt_settings, require
 
@@ -124,7 +124,8 @@ class Test_model(VAE_Model):
                 raise UserError(f"{labels[0].parent}: holds {len(labels)} poses; expected {args.val_vi_len} (--val_vi_len)")
         # threads, not worker processes: 630 poses of every sequence don't fit the shared memory of a small container
         paths = [path for first, labels in dataset.sequences for path in (first, *labels)]
-        pictures = decode(paths, args.frame_H, args.frame_W, args.num_workers, desc="reading poses")
+        folder = None if args.no_cache else cache_folder(args.DR, args.cache_dir)
+        pictures = cached(paths, args.frame_H, args.frame_W, folder, args.num_workers, "decoding test poses")
         sequences = to_float(torch.from_numpy(pictures)).unflatten(0, (len(dataset), 1 + args.val_vi_len))
         return DataLoader([(sequence[:1], sequence[1:]) for sequence in sequences], 1)
 

@@ -19,6 +19,7 @@ import shlex
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -34,23 +35,22 @@ from torch.utils.checkpoint import checkpoint
 import console
 from console import Stopped, UserError, progress
 from dataloader import Dataset_Dance, Frames, PictureLoader, WindowLoader, decode, find_clips, frame_transform
-from devices import pick_device, pick_precision
+from devices import has_bf16, pick_device, pick_precision
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 from records import (HISTORY, NETWORKS, check_save_root, load_weights, locked, log_to_tensorboard, make_folder, open_tensorboard,
                      optimizer_fits, plot_psnr, read_checkpoint, sizes, sweep_leftovers, write_checkpoint, write_csv, write_gif)
 
 CLIP_NORM = 1.0           # gradient norm, the template's
 FAST_LR = 1.5             # how much larger --fast_train's learning rate is, unless --lr is given
-WARM_UP = 0.02            # share of the run in which the cosine schedule climbs
+WARM_UP = 0.02            # share of the run in which the cosine schedule climbs; at most a tenth of an epoch
 ROLLOUT_BLOCK = 32        # frames between two looks at the rollout: progress bar, signals, non-finite values
 MAX_SKIPPED = 20          # non-finite steps in a row that end training
 POSE_SAMPLE = 4096        # training poses that BatchNorm's statistics are recomputed over
-NOISE_MSE = 1e-5          # 50 dB: an error so small is not worth a gradient
+NOISE_MSE = 1e-5          # 50 dB: errors below it hardly count
 GIF_TICK = 40             # milliseconds a frame, the template's
-# the label encoder is small, and the last block of a rollout has a shape of its own
+# not the label encoder: it is small, and would be compiled once more for the last, shorter block of a rollout
 COMPILED = [name for name in NETWORKS if name != "label_transformation"]
 CPU_PIXELS = 16 * 32 * 64  # what a CPU computes at a time: more gains little and holds more memory (docs/PERFORMANCE.md)
-STARTED = time.monotonic()
 
 
 # ---------------------------------------------------------------- loss and metric
@@ -98,7 +98,7 @@ class kl_annealing:
             raise UserError(f"--kl_anneal_ratio {args.kl_anneal_ratio}: expected above 0 and at most 1")
         most = max(1, args.num_epoch // 2)
         if cycles > most:
-            print(f"--kl_anneal_cycle {cycles} is more than {args.num_epoch} epochs hold: {most} used")
+            console.say(f"--kl_anneal_cycle {cycles} is more than {args.num_epoch} epochs hold: {most} used")
             cycles = most
         self.current_epoch = current_epoch
         self.betas = [1.0] * args.num_epoch
@@ -134,7 +134,8 @@ def learning_rate_factor(args, epoch, done):
     if args.schedule == "step":  # the template's MultiStepLR
         factor = 0.1 ** sum(epoch >= milestone for milestone in (2, 5))
     else:  # cosine with warm-up (Loshchilov & Hutter 2017)
-        factor = min(1.0, (done + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        warm_up = min(WARM_UP, 0.1 / args.num_epoch)
+        factor = min(1.0, done / warm_up + 0.05) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     if args.fast_train and epoch < args.fast_train_epoch and "lr" not in args.given:
         factor *= FAST_LR
     return factor
@@ -151,8 +152,8 @@ class RolloutPool:
     """Lanes that each hold a frame the network generated, and where in the training data it stands.
 
     A training step draws a few lanes, predicts from each lane's frame a frame of the same clip, and puts the prediction
-    back. So the network trains on histories as deep as a test rollout's at the price of one step. A lane that the
-    teacher takes restarts from ground truth somewhere in the data. docs/RECIPE.md has the evidence.
+    back. So the network trains on histories as deep as a test rollout's at the price of one step. A lane chosen for
+    teacher forcing restarts from ground truth somewhere in the data. docs/RECIPE.md has the evidence.
 
     dataset: a Dataset_Dance of the train split. clips: `find_clips` of its frames; no window crosses a cut.
     """
@@ -181,9 +182,10 @@ class RolloutPool:
         # a clip shorter than a window repeats its last frame
         index = torch.minimum(start[:, None] + torch.arange(length - 1), self.clips[clip][:, None] - 1)
 
-        truth = self.dataset.take(position)[0]
-        self.history = torch.where(teacher.view(-1, 1, 1, 1).to(truth.device), truth, self.pictures[lanes])
-        self.lanes, self.arrived = lanes, index[:, -1]
+        there = self.pictures.device
+        self.lanes, self.lanes_there, self.arrived = lanes, lanes.to(there, non_blocking=True), index[:, -1]
+        self.history = torch.where(teacher.view(-1, 1, 1, 1).to(there, non_blocking=True), self.dataset.take(position)[0],
+                                   self.pictures.index_select(0, self.lanes_there))
         img, label = self.dataset.take(index)
         # the step never looks at the pose of the past frame: any picture will do in its place
         return torch.cat([self.history[:, None], img], 1), torch.cat([label[:, :1], label], 1)
@@ -191,12 +193,12 @@ class RolloutPool:
     def put(self, generated):
         """The last frames (B, 3, H, W) generated from the drawn windows become their lanes' frames, clamped to [0, 1]."""
         finite = generated.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)
-        generated = torch.where(finite, generated.float().clamp(0, 1), self.history)
-        self.pictures[self.lanes] = generated.to(self.pictures.device)
+        generated = torch.where(finite, generated.float().clamp(0, 1), self.history.to(generated.device))
+        self.pictures.index_copy_(0, self.lanes_there, generated.to(self.pictures.device))
         self.position[self.lanes] = self.arrived
 
     def state_dict(self):
-        return {"generator": self.generator.get_state(), "position": self.position, "pictures": self.pictures}
+        return {"generator": self.generator.get_state(), "position": self.position, "pictures": self.pictures.cpu()}
 
     def load_state_dict(self, state):
         if state["pictures"].shape != self.pictures.shape:
@@ -247,7 +249,7 @@ class VAE_Model(nn.Module):
 
     # for subclasses that never run __init__ but build the five networks themselves, as the template's Tester does
     current_epoch, step, steps_done = 0, 0, 0
-    ema = pool = parallel = poses = clock = board = restored = bar = stop_signal = train_frames = None
+    ema = pool = parallel = poses = clock = board = restored = bar = stop_signal = train_frames = began = fitted_epochs = None
     best_psnr, rank, world, agreed = -math.inf, 0, 1, 0
 
     def __init__(self, args):
@@ -334,15 +336,16 @@ class VAE_Model(nn.Module):
                 generated[s] = self.saving_memory(self.next_frame, batch, generated[s - 1], pose[s], z[s])
 
         frames = join([generated[s] for s in range(length - 1)])                      # ((T-1) * B, 3, H, W)
-        mse = getattr(self, "mse_criterion", F.mse_loss)(frames.float(), img[batch:])
+        frames, truth = frames.float(), img[batch:]
+        mse = getattr(self, "mse_criterion", F.mse_loss)(frames, truth)
         kl = kl_criterion(mu.float(), logvar.float(), len(mu))
-        reconstruction = log_mse(frames.float(), img[batch:]) if self.args.objective == "log_mse" else mse
+        reconstruction = log_mse(frames, truth) if self.args.objective == "log_mse" else mse
         loss = reconstruction + self.kl_annealing.get_beta() * self.args.kl_weight * kl
         return loss, mse, kl, generated[length - 2]
 
     def decode(self, history, pose, z):
         """Features of the past frame and the pose, and z, each (B, ..., H, W), to frames (B, 3, H, W)."""
-        frame = self.Generator(self.Decoder_Fusion(history, pose, z))
+        frame = self.Generator(self.Decoder_Fusion(history, pose, z.to(history.dtype)))  # one float32 would make all of them that
         return {"none": lambda x: x, "clamp": lambda x: x.clamp(0, 1), "sigmoid": torch.sigmoid}[self.args.output](frame)
 
     def next_frame(self, previous, pose, z):
@@ -354,6 +357,11 @@ class VAE_Model(nn.Module):
         if self.args.checkpoint_steps and torch.is_grad_enabled():
             return in_pieces(partial(checkpoint, function, use_reentrant=False), *inputs, size=batch)
         return in_pieces(function, *inputs)
+
+    def set_learning_rate(self):
+        """Give the optimizer the rate that the schedule has now."""
+        for group, rate in zip(self.optim.param_groups, self.scheduler.base_lrs):
+            group["lr"] = rate * learning_rate_factor(self.args, self.current_epoch, self.share_done())
 
     def training_one_step(self, img, label, adapt_TeacherForcing):
         """Forward, backward and one step of the optimizer on a batch of windows; returns the loss (see `forward`)."""
@@ -406,7 +414,8 @@ class VAE_Model(nn.Module):
 
         first: (S, 3, H, W), label: (S, T, 3, H, W), float32 in [0, 1]. Returns (S, T - 1, 3, H, W) in [0, 1], on the CPU.
         z is drawn at every step from N(0, I), for each sequence from a generator of its own seeded with --seed, so a
-        sequence comes out the same alone and among others. The frame fed back is the one returned, clamped.
+        sequence comes out the same alone and among others, but for rounding. The frame fed back is the one returned, clamped;
+        with --rollouts N each of the N feeds back its own, and their mean is returned.
         on_block(t, frames) is called every few frames with those made since, t of them so far.
         UserError names sequence and frame of a non-finite prediction.
         """
@@ -508,7 +517,7 @@ class VAE_Model(nn.Module):
         blocks = max(1, len(self.poses) // 128)
         stem = nn.Sequential(*list(self.label_transformation)[:3])
         # each block is every blocks-th pose, so that all have nearly the same mean and their variances may be averaged
-        update_bn([channels_last(self.poses[i::blocks].float().div(255).to(self.device)) for i in range(blocks)], stem)
+        update_bn((channels_last(self.poses[i::blocks].float().div(255).to(self.device)) for i in range(blocks)), stem)
 
     def network_state(self):
         """A copy of the five networks' weights, by the keys that a checkpoint has."""
@@ -528,9 +537,12 @@ class VAE_Model(nn.Module):
 
     @property
     def precision(self):
-        """fp32, bf16 or fp16: --precision, or what is fastest here; measured once."""
+        """fp32, bf16 or fp16: --precision, or what is fastest here; found out once."""
         if "_precision" not in self.__dict__:
-            self.__dict__["_precision"], self.precision_reason = pick_precision(self.args.precision, self.device)
+            picked = [pick_precision(self.args.precision, self.device)]
+            if dist.is_available() and dist.is_initialized():  # ranks may time their GPUs differently
+                dist.broadcast_object_list(picked, 0)
+            self.__dict__["_precision"], self.precision_reason = picked[0]
         return self.__dict__["_precision"]
 
     # ------------------------------------------------------------ data
@@ -620,6 +632,7 @@ class VAE_Model(nn.Module):
         A signal (Ctrl-C, SIGTERM) saves last.ckpt and raises Stopped. UserError for data that can't be used, a
         save_root that another run holds, and losses that stay non-finite.
         """
+        self.began = self.began or time.monotonic()
         self.set_up_training()
         self.open_data()
         make_folder(self.args.save_root)
@@ -639,6 +652,7 @@ class VAE_Model(nn.Module):
                 raise
             finally:
                 self.__dict__["parallel"] = None  # it holds on to the process group, which would end after its threads
+                self.began = None  # a stage that follows in this process has minutes of its own
         self.say(f"done: {self.current_epoch} epochs, best validation PSNR {self.best_psnr:.2f} dB, in {self.args.save_root}")
 
     def validate(self):
@@ -693,7 +707,8 @@ class VAE_Model(nn.Module):
 
     def end_epoch(self, psnr):
         """Record the epoch that was trained and validated, go on to the next, and write the files."""
-        epoch, best = self.current_epoch, psnr > self.best_psnr
+        # a run that goes on in another folder has its best there too
+        epoch, best = self.current_epoch, psnr > self.best_psnr or not (Path(self.args.save_root) / "best.ckpt").exists()
         self.best_psnr = max(self.best_psnr, psnr)
         if self.rank == 0:
             self.record(epoch, psnr, best)
@@ -733,6 +748,9 @@ class VAE_Model(nn.Module):
     def begin(self):
         """Ready the first step: state of a checkpoint or a fresh start, averages, the other ranks, the clock."""
         args = self.args
+        if args.tensorboard and self.rank == 0:
+            self.board = open_tensorboard(args.save_root)
+        self.set_learning_rate()
         if args.ema and self.ema is None:
             self.ema = {name: p.detach().clone() for name, p in self.named_parameters()}
         if args.pool:
@@ -740,7 +758,7 @@ class VAE_Model(nn.Module):
             self.pool = RolloutPool(self.dataset("train", args.train_vi_len), clips, args.pool, args.seed + self.rank)
         if self.world > 1:
             # weights come from rank 0; what each rank draws from here on is its own
-            self.__dict__["parallel"] = DistributedDataParallel(self, [self.device.index] if self.device.type == "cuda" else None)
+            self.__dict__["parallel"] = DistributedDataParallel(self)
             # after its first step DistributedDataParallel sums gradients in another order: a step for nothing gets that over
             # with, so that a run that starts and one that goes on have the same bits
             state = copy.deepcopy(self.training_state())
@@ -755,6 +773,7 @@ class VAE_Model(nn.Module):
             if self.restored["train_frames"] != self.train_frames:
                 self.say(f"--DR {args.DR}: {self.train_frames} training frames, the checkpoint's run had {self.restored['train_frames']}")
             self.load_training_state(self.restored)
+            self.fitted_epochs = self.restored["num_epoch"]
             self.scheduler.base_lrs, args.lr, self.restored = [self.base_lr], self.base_lr, None
         if self.rank == 0:
             sweep_leftovers(args.save_root)
@@ -763,8 +782,6 @@ class VAE_Model(nn.Module):
         self.compile_networks()
         if args.max_minutes and self.current_epoch < args.num_epoch:
             self.fit_to_time()
-        if args.tensorboard and self.rank == 0:
-            self.board = open_tensorboard(args.save_root)
 
     def open_data(self):
         """Check and decode the data that training needs, before anything is written."""
@@ -797,11 +814,18 @@ class VAE_Model(nn.Module):
         self.say("compiling the networks (off with --no_compile)")
         networks = [getattr(self, name) for name in COMPILED]
         state = copy.deepcopy(self.training_state())
+        settings = torch._dynamo.config
+        settings.cache_size_limit = 64    # the networks share one limit, training and rollout too
+        settings.optimize_ddp = False     # gradients of 6 MB need no graph split for their sake
         try:
             for network in networks:
                 network.compile()
             shape = (args.batch_size, args.train_vi_len, 3, args.frame_H, args.frame_W)
-            self.training_one_step(torch.rand(shape), torch.rand(shape), True)
+            for taught in (True, False) if args.train_vi_len > 2 else (True,):
+                self.training_one_step(torch.rand(shape), torch.rand(shape), taught)
+            with self.validated_weights():
+                self.rollout(torch.rand(shape)[:1, 0], torch.rand(shape)[:1, :1].expand(1, 3, -1, -1, -1))
+            settings.suppress_errors = True  # what is compiled later falls back by itself
         except Exception as error:  # no compiler, no triton, an operator that it can't take: many kinds
             for network in networks:
                 network._compiled_call_impl = None
@@ -828,13 +852,14 @@ class VAE_Model(nn.Module):
         for _ in range(2):  # the first one warms up
             began = time.monotonic()
             with self.validated_weights():
+                ready = time.monotonic()
                 self.rollout(img[:, 0], label[:, :few])
-            validation = (time.monotonic() - began) * (args.val_vi_len - 1) / (few - 1)
+            validation = ready - began + (time.monotonic() - ready) * (args.val_vi_len - 1) / (few - 1)
         self.load_training_state(state)
 
         step, validation = self.from_rank_0(step), self.from_rank_0(validation)
         now = self.from_rank_0(time.monotonic())  # one clock for all ranks
-        self.clock = Clock(self.from_rank_0(STARTED + 60 * args.max_minutes), now, validation, self.share_done())
+        self.clock = Clock(self.from_rank_0(self.began + 60 * args.max_minutes), now, validation, self.share_done())
         left, epochs = self.clock.deadline - now, 0
         while self.current_epoch + epochs < before:
             left -= self.steps_in(self.current_epoch + epochs) * step + (validation if epochs else 0)
@@ -844,7 +869,7 @@ class VAE_Model(nn.Module):
         args.num_epoch = self.current_epoch + epochs
         self.clock.fitted = args.num_epoch < before or left < 0
         if self.clock.fitted:
-            shrink = args.num_epoch / before
+            shrink = args.num_epoch / (self.fitted_epochs or before)
             if "tfr_sde" not in args.given:
                 args.tfr_sde = self.tfr_sde = round(args.tfr_sde * shrink)
             if "tfr_d_step" not in args.given:
@@ -857,8 +882,8 @@ class VAE_Model(nn.Module):
         """The share of the run that is over, in [0, 1]: by its steps, or by the clock where it was fitted to one."""
         if self.clock and self.clock.fitted:
             return self.clock.share()
-        if self.train_frames is None:
-            return 0.0
+        if self.train_frames is None:  # a step outside a training stage: at the rate's peak
+            return WARM_UP
         return self.steps_done / max(1, self.steps_done - self.step + sum(
             self.steps_in(e) for e in range(self.current_epoch, self.args.num_epoch)))
 
@@ -907,9 +932,12 @@ class VAE_Model(nn.Module):
         self.load_network_state(state["weights"])
         for name, value in (state["ema"] or {}).items() if self.ema is not None else ():
             self.ema[name].copy_(value)
-        self.optim.load_state_dict(state["optimizer"])
+        self.load_moments(state["optimizer"]["state"])
+        for group, saved in zip(self.optim.param_groups, state["optimizer"]["param_groups"]):
+            group.update(lr=saved["lr"], initial_lr=saved["initial_lr"])
         self.scheduler.load_state_dict(state["scheduler"])
-        if self.args.precision == "auto" and self.precision != state["precision"] and state["device"] == self.device.type:
+        if (self.args.precision == "auto" and self.precision != state["precision"] and state["device"] == self.device.type
+                and (state["precision"] != "bf16" or has_bf16(self.device))):
             # a timing must not change the rest of a run
             self.__dict__["_precision"], self.precision_reason = state["precision"], f"{state['precision']} as before the stop"
             self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
@@ -918,7 +946,7 @@ class VAE_Model(nn.Module):
         self.current_epoch, self.tfr = state["epoch"], state["tfr"]
         self.kl_annealing.current_epoch = state["kl_epoch"]
         self.step, self.steps_done, self.epoch_coin = state["step"], state["steps_done"], state["epoch_coin"]
-        self.totals = state["totals"].to(self.device)
+        self.totals = state["totals"].to(self.totals.dtype).to(self.device)
         self.skipped_in_a_row = state["skipped_in_a_row"].to(self.device)
         self.learning_rate_sum, self.seconds, self.best_psnr = state["learning_rate_sum"], state["seconds"], state["best_psnr"]
         self.history = [dict(row) for row in state["history"]]
@@ -932,6 +960,13 @@ class VAE_Model(nn.Module):
             torch.cuda.set_rng_state(own["cuda"], self.device)
         if self.pool is not None and own["pool"] is not None:
             self.pool.load_state_dict(own["pool"])
+
+    def load_moments(self, moments):
+        """Take the moments of an Adam; its settings and the layout of its tensors stay those of this model."""
+        self.optim.load_state_dict({**self.optim.state_dict(), "state": moments})
+        for parameter, state in self.optim.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # the fused kernels take both for laid out alike
+                state[name] = torch.empty_like(parameter).copy_(state[name])
 
     def write(self, names):
         """Write the run's checkpoint into save_root under these names; every rank calls it, rank 0 writes."""
@@ -958,19 +993,18 @@ class VAE_Model(nn.Module):
         load_weights(self, loaded["state_dict"], self.args.ckpt_path)
         self.set_up_training()
         self.base_lr = self.args.lr
-        self.args.lr = loaded.get("lr") or self.args.lr
+        if "lr" not in self.args.given:
+            self.args.lr = loaded.get("lr") or self.args.lr
         self.tfr = loaded["tfr"] if loaded.get("tfr") is not None else self.args.tfr
         self.current_epoch = int(loaded["last_epoch"]) + 1 if loaded.get("last_epoch") is not None else 0
-        if "kl_annealing" not in self.__dict__:  # a subclass without our __init__
-            self.kl_annealing = kl_annealing(self.args)
         self.kl_annealing.current_epoch = self.current_epoch
         self.new_optimizer()
         # a stranger's lr is that of its last epoch; ours is restored with the scheduler when training goes on
         self.scheduler.base_lrs = [self.base_lr if self.args.schedule == "cosine" else
                                    self.args.lr / learning_rate_factor(self.args, self.current_epoch, 0)]
-        self.optim.param_groups[0]["lr"] = self.scheduler.base_lrs[0] * learning_rate_factor(self.args, self.current_epoch, 0)
+        self.set_learning_rate()
         if optimizer_fits(loaded["optimizer"], list(self.parameters())):
-            self.optim.load_state_dict({**self.optim.state_dict(), "state": loaded["optimizer"]["state"]})
+            self.load_moments(loaded["optimizer"]["state"])
         resume = loaded.get("resume")
         if isinstance(resume, dict) and {"history", "best_psnr", "train_frames", "ranks"} <= resume.keys():  # a stranger's may be anything
             self.restored = {"weights": loaded.get("train_state_dict", loaded["state_dict"]), "optimizer": loaded["optimizer"], **resume}
@@ -1014,8 +1048,7 @@ class VAE_Model(nn.Module):
 
     def say(self, line):
         """A line for the user, from rank 0."""
-        if self.rank == 0:
-            console.say(line)
+        console.say(line)
 
     def note_signal(self, number):
         self.stop_signal = number
@@ -1105,7 +1138,6 @@ def adopt_settings(args, names=None):
     # a flag of the command line that began the run stays one
     before = loaded["resume"].get("given") if isinstance(loaded.get("resume"), dict) else None
     args.given = sorted({*args.given, *(name for name in before or () if name in names)})
-    return loaded
 
 
 def require(args, *flags):
@@ -1127,17 +1159,19 @@ def join_processes(args):
         raise UserError(f"--gpu {args.gpu}: expected to be started as torchrun --nproc_per_node={args.gpu} {shlex.join(sys.argv)}")
     if world == 1:
         return 0, 1
-    if args.device in (None, "cuda"):
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    if args.device is None and not torch.cuda.is_available():
+        args.device = "cpu"
+    elif args.device in (None, "cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # a rank waits for rank 0's validation, which may be long
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     atexit.register(dist.destroy_process_group)  # however this process ends, stopped or with an error too
     return dist.get_rank(), world
 
 
 def main(argv=None):
+    began = time.monotonic()
     args = build_parser().parse_args(argv)
     require(args, "save_root")
     check_save_root(args.save_root)
@@ -1151,17 +1185,16 @@ def main(argv=None):
     require(args, "DR")
     rank, world = join_processes(args)
     model = VAE_Model(args)
-    model.rank, model.world = rank, world
+    model.rank, model.world, model.began = rank, world, began
     model.load_checkpoint()
     if args.resume and not last.exists():
         model.say(f"--resume: there is no {last}, so this starts from " + (args.ckpt_path or "scratch"))
-    if args.test and rank > 0:
-        pass  # rank 0 alone validates
-    elif args.test:
-        psnr = model.eval()
-        root = Path(args.save_root)
-        model.write_validation(root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
-        model.say(f"validation PSNR mean {psnr:.2f} min {min(model.psnr_per_frame):.2f} last {model.psnr_per_frame[-1]:.2f} dB, in {root}")
+    if args.test:
+        if rank == 0:
+            psnr = model.eval()
+            root = Path(args.save_root)
+            model.write_validation(root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
+            model.say(f"validation PSNR mean {psnr:.2f} min {min(model.psnr_per_frame):.2f} last {model.psnr_per_frame[-1]:.2f} dB, in {root}")
     elif model.current_epoch >= args.num_epoch:
         model.say(f"{args.ckpt_path}: all {args.num_epoch} epochs are done; a larger --num_epoch trains on")
     else:

@@ -1,10 +1,11 @@
 """What the user types and sees: the flags and their checks, one-line errors with exit status 2, progress bars.
 
-The lowest room of the house: it imports nothing of the project. `build_parser` is where every flag of Trainer.py and
+The base module: it imports nothing of the project. `build_parser` is where every flag of Trainer.py and
 Tester.py is defined, once; a flag on the command line beats the recipe, the recipe beats the template's default.
 """
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -84,7 +85,9 @@ def progress(iterable=None, **options):
 
 
 def say(line):
-    """Print a line without breaking a bar that is on the screen."""
+    """Print a line without breaking a bar that is on the screen; under torchrun, rank 0 alone does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     from tqdm import tqdm
 
     tqdm.write(line, file=sys.stdout)
@@ -240,7 +243,7 @@ def build_parser(prog, description):
     training.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: the template's, a tenth from epochs 2 and 5 on; cosine: warm-up, then down to 0 over the run")
     training.add_argument("--num_epoch", type=number(int, 1, 100_000), default=70, metavar="N", help="epochs in all")
     training.add_argument("--max_minutes", type=number(float, 0, 1e6, above=True), metavar="M", help="end within M minutes, with every schedule fitted to them (None: no limit)")
-    training.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, metavar="S", help="seed of weights, order, coins and noise")
+    training.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, metavar="S", help="seed of weights, windows, coins and noise")
     training.add_argument("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY", help="validate and keep an exponential average of the weights (0: the weights themselves)")
     training.add_argument("--refresh_norm", action="store_true", help="recompute BatchNorm's statistics over the training poses before validating and saving")
     training.add_argument("--pool", type=number(int, 0, 65536), default=0, metavar="LANES", help="running rollouts that give the training windows their past frame (0: windows start from ground truth)")
@@ -257,7 +260,7 @@ def build_parser(prog, description):
     kl.add_argument("--kl_anneal_type", type=kl_anneal_type, default="Cyclical", metavar="TYPE", help="Cyclical, Monotonic or None (beta is 1 throughout)")
     kl.add_argument("--kl_anneal_cycle", type=number(int, 1), default=10, metavar="N", help="cycles of Cyclical")
     kl.add_argument("--kl_anneal_ratio", type=number(float, 0, 1, above=True), default=1.0, metavar="SHARE", help="share of a cycle in which beta climbs")
-    kl.add_argument("--kl_weight", type=number(float, 0), default=1.0, metavar="W", help="weight of a nat of KL beside the reconstruction, times beta")
+    kl.add_argument("--kl_weight", type=number(float, 0), default=1.0, metavar="W", help="weight of the KL term (in nats, the natural unit of information) beside the reconstruction, times beta")
 
     running = parser.add_argument_group("running")
     running.add_argument("--device", type=device_name, metavar="DEVICE", help="cuda, cuda:N, cpu or mps (None: cuda where there is one, else cpu)")

@@ -153,7 +153,7 @@ def decode(paths, frame_H, frame_W, workers=4, out=None, desc="decoding"):
 def fingerprint(paths, frame_H, frame_W):
     """A key that changes with any picture's name, size or time of change, with the frame shape and with Pillow."""
     try:
-        stats = [(path.name, status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
+        stats = [(f"{path.parent.name}/{path.name}", status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; expected a readable picture") from None
     described = json.dumps([PIL.__version__, frame_H, frame_W, str(paths[0].parent.resolve()), stats])
@@ -228,7 +228,7 @@ class Frames:
 
     def take(self, index):
         """Frames and poses at a tensor of indices: float32 in [0, 1], bit for bit what ToTensor gives."""
-        rows = index.flatten().to(self.imgs.device)  # index_select copies whole pictures, a tensor as an index value by value
+        rows = index.flatten().to(self.imgs.device, non_blocking=True)  # index_select copies whole pictures, a tensor as an index value by value
         return tuple(to_float(pictures.index_select(0, rows)).unflatten(0, index.shape) for pictures in (self.imgs, self.labels))
 
 

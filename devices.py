@@ -22,6 +22,13 @@ def pick_device(name):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise UserError(f"--device {name}: there are {count} CUDA devices here; expected one that is there, or cpu")
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        try:
+            torch.zeros(1, device=device).add_(1).item()
+        except RuntimeError as error:  # a card that this build of PyTorch has no kernels for
+            raise UserError(f"--device {name}: PyTorch {torch.__version__} can't compute on it ({str(error).splitlines()[0]}); "
+                            f"expected another build of it, or --device cpu") from None
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -55,7 +62,7 @@ def pick_precision(wanted, device):
     """
     if wanted != "auto":
         return wanted, f"{wanted} as asked"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+    if device.type == "cuda" and has_bf16(device):
         return "bf16", "bf16"
     if device.type == "cuda":
         ratio = matmul_speed(torch.float16, device) / matmul_speed(torch.float32, device)
@@ -68,6 +75,11 @@ def pick_precision(wanted, device):
         if avx:
             return "fp32", "fp32 (this CPU's AVX512-BF16 is slower; --precision bf16 takes it all the same)"
     return "fp32", "fp32"
+
+
+def has_bf16(device):
+    """Whether bf16 is the hardware's own: on CUDA from compute capability 8.0. Elsewhere nothing speaks against it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def cpu_description():

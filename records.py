@@ -93,7 +93,7 @@ def write_checkpoint(path, checkpoint):
 
 
 def sweep_leftovers(folder):
-    """Remove the asides that a killed run left in its folder. Call it with the folder's lock held."""
+    """Remove the temporary files that a killed run left in its folder. Call it with the folder's lock held."""
     for path in Path(folder).glob(".*.part*"):
         path.unlink(missing_ok=True)
 
@@ -280,6 +280,7 @@ def log_to_tensorboard(board, row, gif=None):
     if gif:  # TensorBoard shows a GIF as it is; add_video would need another package
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        picture = Summary.Image(colorspace=3, encoded_image_string=Path(gif).read_bytes())
+        with Image.open(gif) as frame:
+            picture = Summary.Image(width=frame.width, height=frame.height, colorspace=3, encoded_image_string=Path(gif).read_bytes())
         board.file_writer.add_summary(Summary(value=[Summary.Value(tag="validation", image=picture)]), row["epoch"])
     board.flush()

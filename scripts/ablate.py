@@ -1,8 +1,8 @@
 """Run named settings of the recipe at equal budget, and compare their validation rollouts.
 
     python scripts/ablate.py DATA OUT --frames 2500                       # every setting, the same number of training frames
-    python scripts/ablate.py DATA OUT --minutes 8 pool template           # two settings, the same wall-clock on an idle machine
-    python scripts/ablate.py DATA OUT --frames 2500 --seeds 0 1 2 pool no_ema mse+batch_4
+    python scripts/ablate.py DATA OUT pool template --minutes 8           # two settings, the same wall-clock on an idle machine
+    python scripts/ablate.py DATA OUT pool no_ema mse+batch_2 --frames 2500 --seeds 0 1 2
 
 Settings joined by + are combined. Each run lands in OUT/{setting}_s{seed}_{budget}/; a run that is there and done is not run
 again. After every run its curve (one row an epoch) is appended to --csv, docs/ablation.csv by default, so the work can be
@@ -14,15 +14,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmark import machine  # noqa: E402
 from console import Parser, UserError, number, progress, run, say  # noqa: E402
 from dataloader import list_pairs  # noqa: E402
-from devices import pick_device  # noqa: E402
 from records import read_checkpoint  # noqa: E402
 
-# name: the flags in which a setting differs from the recommended command
+# name: the flags in which a setting differs from the default recipe, without --fast_train
 SETTINGS = {
     "pool": [],
     "template": ["--recipe", "template"],
@@ -66,7 +67,7 @@ def budget_flags(args, frames_in_data):
 def curve(folder, setting, seed, budget):
     """Rows of COLUMNS from a run's history.csv."""
     frames = seconds = 0.0
-    rows, here = [], machine(pick_device(None).type)
+    rows, here = [], machine("cuda" if torch.cuda.is_available() else "cpu")
     with open(folder / "history.csv", newline="") as file:
         for row in csv.DictReader(file):
             seconds += float(row["seconds"])
@@ -87,9 +88,14 @@ def done(folder):
 
 
 def append(path, rows):
-    """Add rows to the CSV of results, its header first where it is new."""
+    """Add a run's rows to the CSV of results, its header first where it is new; nothing where the run is there already."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not new:
+        with open(path, newline="") as file:
+            key = lambda row: tuple(str(row[column]) for column in ("setting", "seed", "budget", "machine"))
+            if key(rows[0]) in map(key, csv.DictReader(file)):
+                return
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:
@@ -125,10 +131,13 @@ def main():
         if not done(folder):
             command = [sys.executable, str(ROOT / "Trainer.py"), "--DR", args.data, "--save_root", str(folder), "--seed", str(seed),
                        "--resume", *budget, *(flag for name in setting.split("+") for flag in SETTINGS[name]), *flags]
-            if subprocess.run(command).returncode:
-                raise UserError(f"{folder}: the run did not end well; expected exit status 0 from {' '.join(command[1:])}")
-            append(args.csv, curve(folder, setting, seed, name))
-        results.append((setting, seed, curve(folder, setting, seed, name)))
+            status = subprocess.run(command).returncode
+            if status:
+                say(f"{folder}: the run did not end well: status {status} from {' '.join(command[1:])}")
+                return status
+        rows = curve(folder, setting, seed, name)
+        append(args.csv, rows)
+        results.append((setting, seed, rows))
     say(f"\n{'setting':14} seed   mean    min   last   curve of the mean ({name})")
     for setting, seed, rows in sorted(results, key=lambda result: -result[2][-1]["psnr_mean"]):
         end = rows[-1]

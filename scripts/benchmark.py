@@ -13,6 +13,7 @@ for docs/PERFORMANCE.md, which explains every row. Let nothing else run on the m
 """
 
 import copy
+import gc
 import json
 import os
 import platform
@@ -146,8 +147,9 @@ def template_model(args, model):
 
 
 def compiled(args, **flags):
-    """Our model with its networks compiled, as Trainer.py does it for long runs."""
+    """Our model with its networks compiled, as Trainer.py does it on CUDA."""
     model = our_model(args, **flags)
+    torch._dynamo.config.cache_size_limit = 64  # the networks of all parts share one limit
     for name in Trainer.COMPILED:
         getattr(model, name).compile()
     return model
@@ -181,6 +183,8 @@ class Bench:
         self.timings, self.extra, self.bar = [], {}, None
         self.precision = our_model(args).precision
         self.peak = None
+        self.pairs = list_pairs(root, "train")
+        self.count = len(self.pairs[0])
 
     def windows(self, batch, length, shape=None):
         """Frames and poses (batch, length, 3, H, W), float32 in [0, 1], from the start of the training data, over and over."""
@@ -188,14 +192,6 @@ class Bench:
         transform, index = frame_transform(H, W), [i % self.count for i in range(batch * length)]
         pictures = [torch.stack([transform(read_picture(paths[i])) for i in sorted(set(index))]) for paths in self.pairs]
         return tuple(p[torch.tensor(index)].unflatten(0, (batch, length)) for p in pictures)
-
-    @property
-    def pairs(self):
-        return list_pairs(self.root, "train")
-
-    @property
-    def count(self):
-        return len(self.pairs[0])
 
     def alternate(self, name, ways, frames=0, target=None, runs=None):
         """Time the ways {label: function of no arguments} in turn, A B A B ..., after one call of each that is not counted.
@@ -461,6 +457,8 @@ def memory_of(args, who, length):
     img, label = torch.rand(2, args.batch_size, length, 3, args.frame_H, args.frame_W)
     cuda = args.device.startswith("cuda")
     if cuda:
+        gc.collect()  # models of earlier parts
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(args.device)
     before = torch.cuda.memory_allocated(args.device) / 1e6 if cuda else highest_memory()
     model.training_one_step(img, label, False)

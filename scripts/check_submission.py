@@ -15,13 +15,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from console import Parser, UserError, number, run  # noqa: E402
+from dataloader import decode, list_pictures  # noqa: E402
 from Tester import check_submission  # noqa: E402
 
 
 def score(pixels, folder, sequences, frames, height, width):
     """PSNR of every predicted frame, (sequences, frames - 1): the given first frame is not among them."""
-    from dataloader import decode, list_pictures  # brings torch, which takes seconds: only where frames are compared
-
     files = [list_pictures(Path(folder) / str(sequence)) for sequence in range(sequences)]
     for names in files:
         if len(names) != frames:

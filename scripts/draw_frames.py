@@ -10,17 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from console import Parser, UserError, number, run  # noqa: E402
-from make_report import read_rollout  # noqa: E402
+from make_report import plt, read_rollout  # noqa: E402
 from records import atomic  # noqa: E402
 
 
 def draw(rollout, frames, scale, path):
     """rollout: uint8 (frames, H, 3 * W, 3), pose | prediction | ground truth; frames: numbers from 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     height, width = rollout.shape[1], rollout.shape[2] // 3
     inch = scale / 100  # of a pixel of the frame
     figure, axes = plt.subplots(3, len(frames), squeeze=False, layout="constrained",

@@ -146,7 +146,7 @@ def compare(folder, reference):
 
 # ---------------------------------------------------------------- the test
 
-def kill_test(data, work, kills, seed=0, variants=tuple(VARIANTS), finish=finish, report=say, step=lambda: None):
+def kill_test(data, work, kills, seed=0, variants=tuple(VARIANTS), finish=finish, step=lambda: None):
     """Kill `kills` runs, resume and compare. Returns (equal, kills that hit a write, lines that say what differed).
 
     finish: how runs that are not killed are started, for tests.
@@ -170,7 +170,7 @@ def kill_test(data, work, kills, seed=0, variants=tuple(VARIANTS), finish=finish
         found = [f"the resumed run ended with {status}: {output[-2000:]}"] if status else compare(folder, work / f"whole {variant}")
         done, in_write, equal = done + 1, in_write + hit, equal + (not found)
         problems += [f"kill {done} ({variant}): {line}" for line in found[:10]]
-        report(f"kill {done} ({variant}){', inside a write' * hit}{', before the first checkpoint' * from_scratch}: "
+        say(f"kill {done} ({variant}){', inside a write' * hit}{', before the first checkpoint' * from_scratch}: "
                + ("equal" if not found else f"DIFFERENT: {found[0]}"))
         step()
         if not found:

@@ -23,9 +23,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import plot_runs
-from plot_runs import Parser, UserError, load_runs, make_folder, plt, run, summarise, write
+from console import Parser, UserError, run
+from plot_runs import load_runs, plt, summarise, write
+from records import make_folder
 from report_page import PAGE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,12 +204,7 @@ def forcing_table(runs):
 
 def psnr_table(runs):
     rows = [["Run", "Best epoch", "Mean (dB)", "Median", "First frame", "Last frame", "Lowest (frame)", "Highest (frame)"]]
-    for row in map(summarise, runs):
-        two = lambda key: "\u2013" if row[key] is None else f"{row[key]:.2f}"
-        at = lambda key: "\u2013" if row[key] is None else f"{row[key]:.2f} ({row[key + '_frame']})"
-        rows.append([row["run"], fmt(row["best_epoch"]), two("psnr_mean"), two("psnr_median"), two("psnr_first"), two("psnr_last"),
-                     at("psnr_min"), at("psnr_max")])
-    return rows
+    return rows + [[row["run"], *plot_runs.psnr_cells(row)] for row in map(summarise, runs)]
 
 
 def speed_table(runs):

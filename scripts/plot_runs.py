@@ -250,7 +250,7 @@ def legend_on_top(fig, ax):
 # ---------------------------------------------------------------- the figures
 
 def loss_curves(runs):
-    panels = [("train_loss", "Total loss (MSE + weighted KL)"), ("train_mse", "MSE"), ("train_kl", "KL divergence (nats)"),
+    panels = [("train_loss", "Total loss (reconstruction + weighted KL)"), ("train_mse", "MSE"), ("train_kl", "KL divergence (nats)"),
               ("beta", "beta, the weight on KL")]
     fig, axes = plt.subplots(4, 1, layout="constrained", figsize=(7, 9), sharex=True, height_ratios=[1.3, 1.3, 1.3, 0.8])
     for ax, (column, title) in zip(axes, panels):
@@ -390,17 +390,19 @@ def psnr_per_frame(runs):
     return fig
 
 
+def psnr_cells(row):
+    """A run's line in a table of PSNR, from `summarise`: best epoch, mean, median, first, last, lowest and highest frame, as texts."""
+    two = lambda key: "\u2013" if row[key] is None else f"{row[key]:.2f}"
+    at = lambda key: "\u2013" if row[key] is None else f"{row[key]:.2f} ({row[key + '_frame']})"
+    return ["\u2013" if row["best_epoch"] is None else str(row["best_epoch"]), two("psnr_mean"), two("psnr_median"),
+            two("psnr_first"), two("psnr_last"), at("psnr_min"), at("psnr_max")]
+
+
 def psnr_summary(runs):
     rows = [summarise(r) for r in runs]
     titles = ["Run", "Epochs", "Best\nepoch", "Mean", "Median", "First\nframe", "Last\nframe", "Lowest (frame)", "Highest (frame)"]
 
-    def text(row):
-        two = lambda key: "\u2013" if row[key] is None else f"{row[key]:.2f}"
-        at = lambda key: "\u2013" if row[key] is None else f"{row[key]:.2f} ({row[key + '_frame']})"
-        return [label(row["run"]), str(row["epochs"]), "\u2013" if row["best_epoch"] is None else str(row["best_epoch"]),
-                two("psnr_mean"), two("psnr_median"), two("psnr_first"), two("psnr_last"), at("psnr_min"), at("psnr_max")]
-
-    cells = [text(row) for row in rows]
+    cells = [[label(row["run"]), str(row["epochs"]), *psnr_cells(row)] for row in rows]
     widths = [max(10, max(len(c[0]) for c in cells) + 1), 7, 6, 8, 8, 8, 8, 15, 15]
     right = np.cumsum(widths) / sum(widths)
     height = 0.27 * len(rows) + 1.0

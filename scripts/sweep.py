@@ -28,7 +28,7 @@ MACHINE = {"device", "gpu", "num_workers", "no_cache", "cache_dir", "per_save", 
            "checkpoint_steps", "store_visualization"}
 FORBIDDEN = {"DR", "save_root", "resume", "test"}  # the sweep's own business
 TURNED = {"kl": ["kl_anneal_type"], "tfr": ["tfr", "tfr_sde", "tfr_d_step"]}  # what a sweep itself sets
-RETRY = 0.2  # seconds between two looks at the children
+POLL = 0.2  # seconds between two looks at the children
 
 
 # ---------------------------------------------------------------- what is trained
@@ -192,7 +192,7 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
                 except ProcessLookupError:
                     pass
             asked = len(stop.signals)
-        time.sleep(RETRY)
+        time.sleep(POLL)
         for name, child in list(running.items()):
             status = child.poll()
             row = last_epoch(out / name)

@@ -8,6 +8,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 if __name__ != "__main__":
     from conftest import ROOT
@@ -113,6 +114,15 @@ def test_what_is_missing_is_named(main, flags, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(console.UserError, match=named):
         main(flags)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_torchrun_does_not_take_the_cpu_for_cuda(tmp_path, monkeypatch):
+    for name, value in dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(console.UserError, match="--device cuda:0"):
+        Trainer.main(["--save_root", str(tmp_path / "out"), "--DR", "d", "--device", "cuda"])
     assert not any(tmp_path.iterdir())
 
 

@@ -92,6 +92,16 @@ def test_going_on_from_any_checkpoint_of_ours(tiny_data, tiny_run, tmp_path):
     assert train(tiny_data, tmp_path / "on", "--ckpt_path", tiny_run / "epoch=0.ckpt") == 0
     assert differences(*(load(folder / "last.ckpt") for folder in (tmp_path / "on", tiny_run))) == []
     assert rows(tmp_path / "on" / "history.csv") == rows(tiny_run / "history.csv")
+    assert {p.name for p in (tmp_path / "on").iterdir()} >= {"best.ckpt", "val_pred.gif", "psnr_per_frame.csv", "psnr_per_frame.png"}
+
+
+def test_another_optimizer_goes_on_with_settings_of_its_own(tiny_data, tiny_run, tmp_path, capsys):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    assert load(folder / "last.ckpt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.01
+    assert train(tiny_data, folder, "--resume", "--num_epoch", 3, "--optim", "Adam") == 0
+    assert "--optim Adam: the checkpoint has AdamW" in capsys.readouterr().out
+    optimizer = load(folder / "last.ckpt")["optimizer"]
+    assert optimizer["param_groups"][0]["weight_decay"] == 0 and optimizer["state"][0]["step"] == 3 * 16
 
 
 def test_a_shorter_command_line_resumes_the_same_run(tiny_data, tmp_path, capsys):

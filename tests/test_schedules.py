@@ -4,6 +4,7 @@ import argparse
 import csv
 
 import pytest
+import torch
 from conftest import TINY
 
 import Trainer
@@ -144,7 +145,7 @@ def test_the_templates_steps():
 
 
 def test_cosine_with_warm_up():
-    args = flags()
+    args = flags("--num_epoch", "5")
     factors = [learning_rate_factor(args, 0, done / 1000) for done in range(1001)]
     assert 0 < factors[0] < 0.1 and factors.index(max(factors)) in range(15, 25) and max(factors) > 0.99
     assert factors[-1] == pytest.approx(0, abs=1e-9) and sorted(factors[25:], reverse=True) == factors[25:]
@@ -178,6 +179,28 @@ def test_fast_train_shortens_exactly_its_epochs_at_a_larger_rate(recipe, words, 
     assert max(explicit) <= default and explicit == pytest.approx([rates[0] / 1.5, rates[1] / 1.5, *rates[2:]], rel=1e-6)
     if recipe == "template":
         assert plain == pytest.approx([0.001, 0.001, 0.0001, 0.0001]) and rates == pytest.approx([0.0015, 0.0015, 0.0001, 0.0001])
+
+
+@pytest.mark.parametrize("epochs, shortened", [(3, 1), (8, 3), (70, 5), (500, 5)])
+def test_every_epoch_that_fast_train_shortens_has_a_larger_rate_than_the_rest(epochs, shortened):
+    args = flags("--fast_train", "--num_epoch", str(epochs), "--fast_train_epoch", str(shortened))
+    ends = [0.0]
+    for epoch in range(epochs):
+        ends.append(ends[-1] + Trainer.data_share(args, epoch))
+    means = []
+    for epoch, (first, last) in enumerate(zip(ends, ends[1:])):
+        shares = [(first + (last - first) * step / 200) / ends[-1] for step in range(200)]
+        means.append(sum(learning_rate_factor(args, epoch, share) for share in shares) / 200)
+    assert min(means[:shortened]) > max(means[shortened:])
+
+
+@pytest.mark.parametrize("recipe", ["pool", "template"])
+def test_a_step_outside_a_training_stage_has_the_whole_rate(recipe):
+    model = Trainer.VAE_Model(flags("--recipe", recipe, "--lr", "0.004", *TINY))
+    img = torch.rand(1, 3, 3, 16, 32)
+    for _ in range(2):
+        model.training_one_step(img, img, False)
+        assert model.optim.param_groups[0]["lr"] == pytest.approx(0.004, rel=0.01)
 
 
 def test_fast_train_with_a_share_of_the_rest(tiny_data, tmp_path):

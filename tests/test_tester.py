@@ -88,7 +88,9 @@ def test_the_rows_are_the_rollout(tested, tiny_run, tiny_data):
         assert img.shape == (1, 1, 3, H, W) and label.shape == (1, FRAMES, 3, H, W)
         frames, rows = model.val_one_step(img, label, i)
         assert frames.shape == (1, FRAMES, 3, H, W) and frames.min() >= 0 and frames.max() <= 1 and len(rows[0]) == FRAMES
-        np.testing.assert_array_equal(found[i], np.rint(255 * frames[0].double().numpy()))  # alone as among the others
+        # alone as among the others, but for how convolutions of one picture and of several round: a value on the edge may tip
+        apart = np.abs(found[i] - np.rint(255 * frames[0].double().numpy()))
+        assert apart.max() <= 1 and (apart > 0).mean() < 1e-3
 
 
 # ---------------------------------------------------------------- GIFs

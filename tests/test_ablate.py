@@ -1,0 +1,35 @@
+"""scripts/ablate.py: settings at the same number of frames, results in a CSV, nothing run or written twice."""
+
+import csv
+
+from conftest import TINY, run_cli
+
+SIZES = [word for flag in ("--frame_H", "--frame_W", "--F_dim", "--L_dim", "--N_dim", "--D_out_dim", "--val_vi_len", "--device", "--precision")
+         for word in (flag, TINY[TINY.index(flag) + 1])]
+
+
+def ablate(data, tmp_path, *words):
+    return run_cli("scripts/ablate.py", data, tmp_path / "runs", *words, "--csv", tmp_path / "ablation.csv", *SIZES, timeout=400)
+
+
+def test_settings_at_equal_frames(tiny_data, tmp_path):
+    words = ["pool", "template+batch_1", "--frames", 64]
+    done = ablate(tiny_data, tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "ablation.csv").read_text()
+    rows = list(csv.DictReader(table.splitlines()))
+    assert [(row["setting"], row["epoch"]) for row in rows] == [("pool", "0"), ("pool", "1"), ("template+batch_1", "0"), ("template+batch_1", "1")]
+    assert [row["frames"] for row in rows] == ["32", "64", "30", "60"]  # 2 windows of 16 an epoch, 15 of them predicted
+    assert all(0 < float(row["psnr_min"]) <= float(row["psnr_mean"]) for row in rows)
+    assert "template+batch_1" in done.stdout
+
+    again = ablate(tiny_data, tmp_path, *words)
+    assert again.returncode == 0 and (tmp_path / "ablation.csv").read_text() == table
+    assert "epoch 0:" not in again.stdout  # nothing was trained
+
+
+def test_errors(tiny_data, tmp_path):
+    for words, named in ((["pool"], "--frames"), (["nothing", "--frames", 64], "SETTING nothing"), (["pool", "--frames", 64, "--lr", "-1"], "--lr")):
+        done = ablate(tiny_data, tmp_path, *words)
+        assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "ablation.csv").exists()
