@@ -294,7 +294,7 @@ def beta_schedules(runs):
 
 
 def teacher_forcing(runs):
-    columns = min(3, len(runs))
+    columns = 2 if len(runs) == 4 else min(3, len(runs))
     blocks = math.ceil(len(runs) / columns)
     fig, axes = plt.subplots(2 * blocks, columns, layout="constrained", figsize=(max(4.6, 2.45 * columns), 4.1 * blocks), squeeze=False,
                              height_ratios=[1, 1.25] * blocks, sharex=True)
@@ -326,14 +326,13 @@ def teacher_forcing(runs):
         else:
             top.set_ylabel("Teacher forcing")
             bottom.set_ylabel("Training loss")
-        if i + columns >= len(runs):
-            bottom.set_xlabel("Epoch")
-            bottom.tick_params(labelbottom=True)
+        bottom.set_xlabel("Epoch")
+        bottom.tick_params(labelbottom=True)
         note_not_finite(bottom, {"epoch": bad})
     log_where_it_helps(shared, losses)
     epoch_axis(shared, [r.history for r in runs])
     handles = [*axes[0, 0].get_legend_handles_labels()[0], *axes[1, 0].get_legend_handles_labels()[0]]
-    fig.legend(handles, [h.get_label() for h in handles], loc="outside upper center", ncols=4 if columns > 1 else 2, handlelength=2.6)
+    fig.legend(handles, [h.get_label() for h in handles], loc="outside upper center", ncols=4 if columns > 2 else 2, handlelength=2.6)
     return fig
 
 
