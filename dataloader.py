@@ -9,6 +9,7 @@ whenever it is asked for. Given a `Frames` (every picture decoded and resized on
 batches are bit for bit the same.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -231,10 +232,26 @@ class Frames:
         rows = index.flatten().to(self.imgs.device, non_blocking=True)  # index_select copies whole pictures, a tensor as an index value by value
         return tuple(to_float(pictures.index_select(0, rows)).unflatten(0, index.shape) for pictures in (self.imgs, self.labels))
 
+    def windows(self, starts, length):
+        """The windows of `length` frames that begin at `starts`, with their poses: as `take`, and faster."""
+        batches = []
+        for pictures in (self.imgs, self.labels):
+            batches.append(torch.empty((len(starts), length, *pictures.shape[1:]), device=pictures.device))
+            for window, start in zip(batches[-1], starts):
+                to_float(pictures[start:start + length], window)  # one at a time stays in a CPU's cache
+        return tuple(batches)
 
-def to_float(pictures):
-    """uint8 to float32 in [0, 1], as ToTensor does it."""
-    return pictures.to(torch.float32).div_(255)
+
+def to_float(pictures, out=None):
+    """uint8 to float32 in [0, 1], bit for bit as ToTensor does it on the CPU; written into `out` where it is given."""
+    out = torch.empty(pictures.shape, device=pictures.device) if out is None else out
+    return out.copy_(pictures).div_(_white(out.device))
+
+
+@functools.cache
+def _white(device):
+    """255 as a tensor: by a number CUDA would not divide but multiply by 1 / 255, which rounds in another way."""
+    return torch.full((), 255.0, device=device)
 
 
 # ---------------------------------------------------------------- cuts
@@ -348,7 +365,6 @@ class WindowLoader:
 
     def __iter__(self):
         length = self.dataset.video_len
-        offsets = torch.arange(length)
+        starts = (self.order * length).tolist()
         for batch in range(len(self)):
-            chosen = self.order[batch * self.batch_size:(batch + 1) * self.batch_size]
-            yield self.dataset.frames.take(chosen[:, None] * length + offsets)
+            yield self.dataset.frames.windows(starts[batch * self.batch_size:(batch + 1) * self.batch_size], length)
