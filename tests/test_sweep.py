@@ -63,7 +63,8 @@ def project(tmp_path):
 def sweep(project, kind, *words, wait=True, **env):
     env = {**os.environ, "PYTHON": sys.executable, "STARTS": str(project / "starts"), **env}
     process = subprocess.Popen(["bash", project / "a project" / "scripts" / f"sweep_{kind}.sh", *map(str, words)], cwd=project, env=env,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # tests in the background have it ignored
     if not wait:
         return process
     out, err = process.communicate(timeout=240)
