@@ -37,6 +37,7 @@ from console import Stopped, UserError, progress
 from dataloader import Dataset_Dance, Frames, PictureLoader, WindowLoader, decode, find_clips, frame_transform
 from devices import has_bf16, pick_device, pick_precision
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
+from muon import Muon, is_matrix
 from records import (HISTORY, NETWORKS, check_save_root, load_weights, locked, log_to_tensorboard, make_folder, open_tensorboard,
                      optimizer_fits, plot_psnr, read_checkpoint, sizes, sweep_leftovers, write_checkpoint, write_csv, write_gif)
 
@@ -299,8 +300,8 @@ class VAE_Model(nn.Module):
         return next(self.frame_transformation.parameters()).device
 
     def new_optimizer(self):
-        """Adam or AdamW as a fresh start, with the learning rate that the schedule has now."""
-        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[self.args.optim]
+        """The optimizer as a fresh start, with the learning rate that the schedule has now."""
+        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "Muon": Muon}[self.args.optim]
         self.optim = kind(self.parameters(), lr=self.args.lr, fused=self.device.type in ("cuda", "cpu"))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optim, lambda _: learning_rate_factor(self.args, self.current_epoch, self.share_done()))
@@ -374,7 +375,8 @@ class VAE_Model(nn.Module):
             loss, mse, kl, self.generated = (self.parallel or partial(VAE_Model.forward, self))(img, label, adapt_TeacherForcing)
         # a loss may overflow where its gradient does not; a NaN factor tells every rank, without a synchronisation
         self.scaler.scale(loss).backward(torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss))
-        finite = self.optimizer_step()
+        with self.autocast():  # Muon's iterations are matrix products
+            finite = self.optimizer_step()
         self.add_up(finite, torch.stack([loss, mse, kl]), statistics)
         return loss.detach()
 
@@ -932,7 +934,7 @@ class VAE_Model(nn.Module):
         self.load_network_state(state["weights"])
         for name, value in (state["ema"] or {}).items() if self.ema is not None else ():
             self.ema[name].copy_(value)
-        self.load_moments(state["optimizer"]["state"])
+        self.load_moments(state["optimizer"])
         for group, saved in zip(self.optim.param_groups, state["optimizer"]["param_groups"]):
             group.update(lr=saved["lr"], initial_lr=saved["initial_lr"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -961,11 +963,14 @@ class VAE_Model(nn.Module):
         if self.pool is not None and own["pool"] is not None:
             self.pool.load_state_dict(own["pool"])
 
-    def load_moments(self, moments):
-        """Take the moments of an Adam; its settings and the layout of its tensors stay those of this model."""
+    def load_moments(self, optimizer):
+        """Take a state_dict's moments, or none where its optimizer was of another kind; settings and memory layout stay this model's."""
+        parameters = list(self.parameters())
+        squared = [not (self.args.optim == "Muon" and is_matrix(p)) for p in parameters]
+        moments = optimizer["state"] if optimizer_fits(optimizer, parameters, squared) else {}
         self.optim.load_state_dict({**self.optim.state_dict(), "state": moments})
         for parameter, state in self.optim.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # the fused kernels take both for laid out alike
+            for name in state.keys() & {"exp_avg", "exp_avg_sq"}:  # the fused kernels take both for laid out alike
                 state[name] = torch.empty_like(parameter).copy_(state[name])
 
     def write(self, names):
@@ -1003,8 +1008,7 @@ class VAE_Model(nn.Module):
         self.scheduler.base_lrs = [self.base_lr if self.args.schedule == "cosine" else
                                    self.args.lr / learning_rate_factor(self.args, self.current_epoch, 0)]
         self.set_learning_rate()
-        if optimizer_fits(loaded["optimizer"], list(self.parameters())):
-            self.load_moments(loaded["optimizer"]["state"])
+        self.load_moments(loaded["optimizer"])
         resume = loaded.get("resume")
         if isinstance(resume, dict) and {"history", "best_psnr", "train_frames", "ranks"} <= resume.keys():  # a stranger's may be anything
             self.restored = {"weights": loaded.get("train_state_dict", loaded["state_dict"]), "optimizer": loaded["optimizer"], **resume}

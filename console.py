@@ -138,7 +138,7 @@ class Parser(argparse.ArgumentParser):
 RECIPES = {
     "template": {},
     # measured: docs/RECIPE.md
-    "pool": dict(pool=64, train_vi_len=2, batch_size=4, tfr=0.035, tfr_d_step=0.0, tf_coin="frame", optim="AdamW",
+    "pool": dict(pool=64, train_vi_len=2, batch_size=4, tfr=0.035, tfr_d_step=0.0, tf_coin="frame", optim="Muon",
                  schedule="cosine", ema=0.998, objective="log_mse", kl_weight=1e-4, kl_anneal_type="None", refresh_norm=True),
 }
 DEFAULT_RECIPE = "pool"
@@ -239,7 +239,7 @@ def build_parser(prog, description):
     training.add_argument("--recipe", choices=tuple(RECIPES), default=DEFAULT_RECIPE, help="pool: training on running rollouts, measured to score highest; template: the template's windows, optimizer, schedule and loop")
     training.add_argument("--batch_size", type=number(int, 1), default=2, metavar="N", help="windows a step (on each GPU)")
     training.add_argument("--lr", type=number(float, 0, 10, above=True), default=0.001, metavar="RATE", help="learning rate at its peak; given, --fast_train does not raise it")
-    training.add_argument("--optim", choices=("Adam", "AdamW"), default="Adam", help="optimizer")
+    training.add_argument("--optim", choices=("Adam", "AdamW", "Muon"), default="Adam", help="optimizer; Muon makes the momentum of each convolution orthogonal before a step (muon.py)")
     training.add_argument("--schedule", choices=("step", "cosine"), default="step", help="step: the template's, a tenth from epochs 2 and 5 on; cosine: warm-up, then down to 0 over the run")
     training.add_argument("--num_epoch", type=number(int, 1, 100_000), default=70, metavar="N", help="epochs in all")
     training.add_argument("--max_minutes", type=number(float, 0, 1e6, above=True), metavar="M", help="end within M minutes, with every schedule fitted to them (None: no limit)")

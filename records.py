@@ -226,12 +226,16 @@ def load_weights(model, weights, path):
             raise UserError(f"{path}: the weights of {name} can't be copied; expected dense tensors with values") from None
 
 
-def optimizer_fits(optimizer, parameters):
-    """Whether an optimizer's state_dict is Adam's or AdamW's for these parameters; strangers keep all kinds."""
+def optimizer_fits(optimizer, parameters, squared):
+    """Whether an optimizer's state_dict is an Adam's, AdamW's or Muon's for these parameters; strangers keep all kinds.
+
+    squared: for each parameter whether it has a second moment, which Muon's matrices lack.
+    """
     try:
         states = [optimizer["state"][i] for i in optimizer["param_groups"][0]["params"]]
         return len(states) == len(parameters) and all(
-            "step" in state and state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape for state, p in zip(states, parameters))
+            "step" in state and state["exp_avg"].shape == p.shape and ("exp_avg_sq" in state) == second
+            and (not second or state["exp_avg_sq"].shape == p.shape) for state, p, second in zip(states, parameters, squared))
     except (KeyError, IndexError, TypeError, AttributeError):
         return False
 

@@ -95,13 +95,17 @@ def test_going_on_from_any_checkpoint_of_ours(tiny_data, tiny_run, tmp_path):
     assert {p.name for p in (tmp_path / "on").iterdir()} >= {"best.ckpt", "val_pred.gif", "psnr_per_frame.csv", "psnr_per_frame.png"}
 
 
-def test_another_optimizer_goes_on_with_settings_of_its_own(tiny_data, tiny_run, tmp_path, capsys):
-    folder = shutil.copytree(tiny_run, tmp_path / "run")
+@pytest.mark.parametrize("before, now, steps", [("AdamW", "Adam", 3), ("Muon", "AdamW", 1), ("AdamW", "Muon", 1)])
+def test_another_optimizer_goes_on_with_settings_of_its_own(tiny_data, tmp_path, capsys, before, now, steps):
+    """The moments go on where both optimizers keep the same ones, else they start anew."""
+    folder = tmp_path / "run"
+    assert train(tiny_data, folder, "--optim", before) == 0
     assert load(folder / "last.ckpt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.01
-    assert train(tiny_data, folder, "--resume", "--num_epoch", 3, "--optim", "Adam") == 0
-    assert "--optim Adam: the checkpoint has AdamW" in capsys.readouterr().out
+    assert train(tiny_data, folder, "--resume", "--num_epoch", 3, "--optim", now) == 0
+    assert f"--optim {now}: the checkpoint has {before}" in capsys.readouterr().out
     optimizer = load(folder / "last.ckpt")["optimizer"]
-    assert optimizer["param_groups"][0]["weight_decay"] == 0 and optimizer["state"][0]["step"] == 3 * 16
+    assert optimizer["param_groups"][0]["weight_decay"] == (0 if now == "Adam" else 0.01)
+    assert {float(state["step"]) for state in optimizer["state"].values()} == {steps * 16}
 
 
 def test_a_shorter_command_line_resumes_the_same_run(tiny_data, tmp_path, capsys):

@@ -1,0 +1,97 @@
+"""Muon turns the momentum of matrices into orthogonal ones; all other weights are AdamW's."""
+
+import pytest
+import torch
+from muon import Muon, is_matrix, orthogonalize
+from scripts.kill_test import differences
+
+SHAPES = [(16, 8, 3, 3), (16, 8, 3, 3), (8, 32, 1, 1), (24, 24, 1, 1), (8, 3, 3, 3), (3, 16, 1, 1), (16, 1, 3, 3), (16,)]
+
+
+def weights(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in SHAPES]
+
+
+def give_gradients(parameters, seed=1):
+    for parameter, gradient in zip(parameters, weights(seed)):
+        parameter.grad = gradient.detach()
+
+
+def test_only_convolutions_between_features_are_matrices():
+    assert [is_matrix(p) for p in weights()] == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 72), (3, 72, 8), (2, 32, 32)])
+def test_singular_values_come_close_to_1_and_directions_stay(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    turned = u.mT @ orthogonalize(matrices) @ v.mT
+    values = turned.diagonal(dim1=1, dim2=2)
+    assert (values[s / s.norm(dim=1, keepdim=True) > 0.003] - 0.95).abs().max() < 0.3
+    assert (turned - torch.diag_embed(values)).abs().max() < 1e-4
+
+
+def test_a_step_is_as_large_as_one_of_adam_in_all_directions():
+    parameters = weights()
+    optimizer = Muon(parameters, lr=0.1, weight_decay=0.0)
+    before = [p.detach().clone() for p in parameters]
+    give_gradients(parameters)
+    optimizer.step()
+    for parameter, old in list(zip(parameters, before))[:4]:
+        change = (old - parameter.detach()).flatten(1)
+        aligned = (change * parameter.grad.flatten(1)).sum()
+        assert aligned > 0.5 * change.norm() * parameter.grad.norm()  # downhill
+        assert torch.linalg.svdvals(change).max() == pytest.approx(0.1 * 0.2 * max(change.shape) ** 0.5, rel=0.3)
+
+
+def test_other_weights_are_adamws():
+    ours, theirs = weights(), weights()
+    muon, adamw = Muon(ours, lr=0.01, fused=True), torch.optim.AdamW(theirs, lr=0.01, fused=True)
+    for seed in (1, 2, 3):
+        for parameters, optimizer in ((ours, muon), (theirs, adamw)):
+            give_gradients(parameters, seed)
+            optimizer.step()
+    assert all(torch.equal(a, b) != is_matrix(a) for a, b in zip(ours, theirs))
+    assert all(p.grad is not None for p in ours)
+
+
+def test_a_step_that_found_infinity_changes_nothing():
+    """As on a GPU, where the host does not wait to know."""
+    parameters = weights()
+    optimizer = Muon(parameters, lr=0.01, fused=True)
+    give_gradients(parameters)
+    optimizer.step()
+    before = [p.detach().clone() for p in parameters], {i: {k: v.clone() for k, v in s.items()} for i, s in optimizer.state_dict()["state"].items()}
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.grad_scale, optimizer.found_inf = None, torch.ones(())
+    optimizer.step()
+    assert differences(before, ([p.detach() for p in parameters], optimizer.state_dict()["state"])) == []
+    optimizer.found_inf = torch.zeros(())
+    give_gradients(parameters, 2)
+    optimizer.step()
+    assert all((a != b.detach()).any() for a, b in zip(before[0], parameters))
+
+
+def test_an_optimizer_goes_on_from_its_state():
+    whole, first = weights(), weights()
+    optimizers = Muon(whole, lr=0.01), Muon(first, lr=0.01)
+    for parameters, optimizer in zip((whole, first), optimizers):
+        give_gradients(parameters)
+        optimizer.step()
+    second = [p.detach().clone().requires_grad_() for p in first]
+    again = Muon(second, lr=0.5)
+    again.load_state_dict(optimizers[1].state_dict())
+    for parameters, optimizer in ((whole, optimizers[0]), (second, again)):
+        give_gradients(parameters, 2)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(whole, second))
+
+
+def test_weights_shrink_by_the_weight_decay():
+    (parameter,) = [torch.ones(8, 8, 1, 1, requires_grad=True)]
+    optimizer = Muon([parameter], lr=0.1, weight_decay=0.5)
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(parameter.detach(), torch.full_like(parameter, 0.95))
