@@ -33,7 +33,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 import console
-from console import Stopped, UserError, progress
+from console import Stopped, UserError, progress, say
 from dataloader import Dataset_Dance, Frames, PictureLoader, WindowLoader, decode, find_clips, frame_transform
 from devices import has_bf16, pick_device, pick_precision
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
@@ -99,7 +99,7 @@ class kl_annealing:
             raise UserError(f"--kl_anneal_ratio {args.kl_anneal_ratio}: expected above 0 and at most 1")
         most = max(1, args.num_epoch // 2)
         if cycles > most:
-            console.say(f"--kl_anneal_cycle {cycles} is more than {args.num_epoch} epochs hold: {most} used")
+            say(f"--kl_anneal_cycle {cycles} is more than {args.num_epoch} epochs hold: {most} used")
             cycles = most
         self.current_epoch = current_epoch
         self.betas = [1.0] * args.num_epoch
@@ -650,12 +650,12 @@ class VAE_Model(nn.Module):
                     self.end_epoch(psnr)
             except Stopped:
                 self.write(["last.ckpt"])
-                self.say(f"stopped in epoch {self.current_epoch}, saved; go on with: {resume_command()}")
+                say(f"stopped in epoch {self.current_epoch}, saved; go on with: {resume_command()}")
                 raise
             finally:
                 self.__dict__["parallel"] = None  # it holds on to the process group, which would end after its threads
                 self.began = None  # a stage that follows in this process has minutes of its own
-        self.say(f"done: {self.current_epoch} epochs, best validation PSNR {self.best_psnr:.2f} dB, in {self.args.save_root}")
+        say(f"done: {self.current_epoch} epochs, best validation PSNR {self.best_psnr:.2f} dB, in {self.args.save_root}")
 
     def validate(self):
         """`eval` on rank 0, and its PSNR on every rank; a signal or an error there ends it on all of them."""
@@ -743,9 +743,9 @@ class VAE_Model(nn.Module):
             self.write_validation(root / f"epoch={epoch}_psnr.png", root / f"epoch={epoch}_pred.gif")
         if self.board:
             log_to_tensorboard(self.board, row, root / "val_pred.gif" if best else None)
-        self.say(f"epoch {epoch}: lr {row['lr']:.2e}, tfr {self.tfr:.3f}, beta {row['beta']:.2f}, loss {row['train_loss']:.5f} "
-                 f"(mse {row['train_mse']:.5f}, kl {row['train_kl']:.1f}), validation PSNR mean {psnr:.2f} min {row['val_psnr_min']:.2f} "
-                 f"last {row['val_psnr_last']:.2f} dB, {row['frames_per_second']:.1f} frames/s" + (", best" if best else ""))
+        say(f"epoch {epoch}: lr {row['lr']:.2e}, tfr {self.tfr:.3f}, beta {row['beta']:.2f}, loss {row['train_loss']:.5f} "
+            f"(mse {row['train_mse']:.5f}, kl {row['train_kl']:.1f}), validation PSNR mean {psnr:.2f} min {row['val_psnr_min']:.2f} "
+            f"last {row['val_psnr_last']:.2f} dB, {row['frames_per_second']:.1f} frames/s" + (", best" if best else ""))
 
     def begin(self):
         """Ready the first step: state of a checkpoint or a fresh start, averages, the other ranks, the clock."""
@@ -771,16 +771,16 @@ class VAE_Model(nn.Module):
             torch.manual_seed(args.seed + self.rank)
         if self.restored:
             if len(self.restored["ranks"]) != self.world:
-                self.say(f"{self.world} process(es), the checkpoint's run had {len(self.restored['ranks'])}: not the same run to the bit")
+                say(f"{self.world} process(es), the checkpoint's run had {len(self.restored['ranks'])}: not the same run to the bit")
             if self.restored["train_frames"] != self.train_frames:
-                self.say(f"--DR {args.DR}: {self.train_frames} training frames, the checkpoint's run had {self.restored['train_frames']}")
+                say(f"--DR {args.DR}: {self.train_frames} training frames, the checkpoint's run had {self.restored['train_frames']}")
             self.load_training_state(self.restored)
             self.fitted_epochs = self.restored["num_epoch"]
             self.scheduler.base_lrs, args.lr, self.restored = [self.base_lr], self.base_lr, None
         if self.rank == 0:
             sweep_leftovers(args.save_root)
-        self.say(f"{args.device}, {self.precision_reason}; {self.train_frames} training frames"
-                 + (f" in {len(self.pool.clips) - 1} clips" if self.pool else "") + f", {self.steps_in(self.current_epoch)} steps an epoch")
+        say(f"{args.device}, {self.precision_reason}; {self.train_frames} training frames"
+            + (f" in {len(self.pool.clips) - 1} clips" if self.pool else "") + f", {self.steps_in(self.current_epoch)} steps an epoch")
         self.compile_networks()
         if args.max_minutes and self.current_epoch < args.num_epoch:
             self.fit_to_time()
@@ -813,7 +813,7 @@ class VAE_Model(nn.Module):
         args = self.args
         if args.no_compile or self.device.type != "cuda":
             return
-        self.say("compiling the networks (off with --no_compile)")
+        say("compiling the networks (off with --no_compile)")
         networks = [getattr(self, name) for name in COMPILED]
         state = copy.deepcopy(self.training_state())
         settings = torch._dynamo.config
@@ -831,7 +831,7 @@ class VAE_Model(nn.Module):
         except Exception as error:  # no compiler, no triton, an operator that it can't take: many kinds
             for network in networks:
                 network._compiled_call_impl = None
-            self.say(f"torch.compile does not work here ({type(error).__name__}): going on without it")
+            say(f"torch.compile does not work here ({type(error).__name__}): going on without it")
         self.load_training_state(state)
 
     # ------------------------------------------------------------ a run fitted to --max_minutes
@@ -878,7 +878,7 @@ class VAE_Model(nn.Module):
                 args.tfr_d_step = self.tfr_d_step = min(1.0, args.tfr_d_step / shrink)
             self.kl_annealing = kl_annealing(args, self.current_epoch)
             self.teacher_forcing_ratio_update()
-        self.say(f"--max_minutes {args.max_minutes:g}: a step takes {step:.3f} s, a validation about {validation:.0f} s; {args.num_epoch} epochs")
+        say(f"--max_minutes {args.max_minutes:g}: a step takes {step:.3f} s, a validation about {validation:.0f} s; {args.num_epoch} epochs")
 
     def share_done(self):
         """The share of the run that is over, in [0, 1]: by its steps, or by the clock where it was fitted to one."""
@@ -1050,10 +1050,6 @@ class VAE_Model(nn.Module):
         self.learning_rate_sum = self.seconds = 0.0
         self.epoch_coin = None
 
-    def say(self, line):
-        """A line for the user, from rank 0."""
-        console.say(line)
-
     def note_signal(self, number):
         self.stop_signal = number
 
@@ -1138,7 +1134,7 @@ def adopt_settings(args, names=None):
         if name not in args.given:
             setattr(args, name, settings[name])
         elif getattr(args, name) != settings[name]:
-            console.say(f"--{name} {getattr(args, name)}: the checkpoint has {settings[name]}")
+            say(f"--{name} {getattr(args, name)}: the checkpoint has {settings[name]}")
     # a flag of the command line that began the run stays one
     before = loaded["resume"].get("given") if isinstance(loaded.get("resume"), dict) else None
     args.given = sorted({*args.given, *(name for name in before or () if name in names)})
@@ -1192,15 +1188,15 @@ def main(argv=None):
     model.rank, model.world, model.began = rank, world, began
     model.load_checkpoint()
     if args.resume and not last.exists():
-        model.say(f"--resume: there is no {last}, so this starts from " + (args.ckpt_path or "scratch"))
+        say(f"--resume: there is no {last}, so this starts from " + (args.ckpt_path or "scratch"))
     if args.test:
         if rank == 0:
             psnr = model.eval()
             root = Path(args.save_root)
             model.write_validation(root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
-            model.say(f"validation PSNR mean {psnr:.2f} min {min(model.psnr_per_frame):.2f} last {model.psnr_per_frame[-1]:.2f} dB, in {root}")
+            say(f"validation PSNR mean {psnr:.2f} min {min(model.psnr_per_frame):.2f} last {model.psnr_per_frame[-1]:.2f} dB, in {root}")
     elif model.current_epoch >= args.num_epoch:
-        model.say(f"{args.ckpt_path}: all {args.num_epoch} epochs are done; a larger --num_epoch trains on")
+        say(f"{args.ckpt_path}: all {args.num_epoch} epochs are done; a larger --num_epoch trains on")
     else:
         model.training_stage()
 
