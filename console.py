@@ -138,7 +138,7 @@ class Parser(argparse.ArgumentParser):
 RECIPES = {
     "template": {},
     # measured: docs/RECIPE.md
-    "pool": dict(pool=64, train_vi_len=2, batch_size=4, tfr=0.035, tfr_d_step=0.0, tf_coin="frame", optim="Muon",
+    "pool": dict(pool=64, train_vi_len=2, batch_size=4, lr=2e-3, tfr=0.035, tfr_d_step=0.0, tf_coin="frame", optim="Muon",
                  schedule="cosine", ema=0.998, objective="log_mse", kl_weight=1e-4, kl_anneal_type="None", refresh_norm=True),
 }
 DEFAULT_RECIPE = "pool"
