@@ -10,7 +10,7 @@ COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 def is_matrix(parameter):
-    """Whether Muon turns this weight: convolutions between features, (C_out, C_in, k, k), not those from or to pictures, nor depthwise ones."""
+    """Whether Muon turns this weight, (C_out, C_in, k, k): convolutions between features, not depthwise, nor from or to pictures."""
     return parameter.dim() == 4 and min(parameter.shape[:2]) > 3
 
 
@@ -30,14 +30,12 @@ def orthogonalize(matrices):
 class Muon(torch.optim.AdamW):
     """Muon for the weights that `is_matrix` names, AdamW for all others: biases, norms, first, last and depthwise layers.
 
-    A step turns the momentum of a weight (C_out, C_in * k * k) into the nearest orthogonal matrix, so that all directions of the
-    weight learn at one pace; scaled by 0.2 sqrt(max(rows, columns)), which makes it as large as a step of Adam's, so that rate and weight decay
-    are AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
-    Inside torch.autocast the iterations take its precision, which is enough for them.
+    A step turns the momentum of a weight, as a matrix (C_out, C_in * k * k), into a nearly orthogonal one, so that all directions
+    of the weight learn at one pace. Times 0.2 sqrt(max(rows, columns)) it is as large as a step of Adam's, so rate and weight
+    decay are AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
+    Inside torch.autocast the iterations take its precision, which is enough for them. As in PyTorch's fused optimizers (fused=True), a step
+    changes nothing where `found_inf` is set and 1, so that the host need not wait to know.
     """
-
-    # as PyTorch's fused optimizers: where `found_inf` is set and 1, a step changes nothing, and the host need not wait to know
-    _step_supports_amp_scaling = True
 
     @torch.no_grad()
     def step(self):
