@@ -39,11 +39,11 @@ from devices import has_bf16, pick_device, pick_precision
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 from muon import Muon, is_matrix
 from records import (HISTORY, NETWORKS, check_save_root, load_weights, locked, log_to_tensorboard, make_folder, open_tensorboard,
-                     optimizer_fits, plot_psnr, read_checkpoint, sizes, sweep_leftovers, write_checkpoint, write_csv, write_gif)
+                     optimizer_fits, plot_psnr, read_checkpoint, set_aside, sizes, sweep_leftovers, write_checkpoint, write_csv, write_gif)
 
 CLIP_NORM = 1.0           # gradient norm, the template's
 FAST_LR = 1.5             # how much larger --fast_train's learning rate is, unless --lr is given
-WARM_UP = 0.02            # share of the run in which the cosine schedule climbs; at most a tenth of an epoch
+WARM_UP = 0.02            # share of the run in which the cosine schedule climbs; at most a tenth of the first epoch
 ROLLOUT_BLOCK = 32        # frames between two looks at the rollout: progress bar, signals, non-finite values
 MAX_SKIPPED = 20          # non-finite steps in a row that end training
 POSE_SAMPLE = 4096        # training poses that BatchNorm's statistics are recomputed over
@@ -92,12 +92,11 @@ class kl_annealing:
             kind = console.kl_anneal_type(args.kl_anneal_type)
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--kl_anneal_type: {error}") from None
-        cycles = args.kl_anneal_cycle if kind == "Cyclical" else 1
-        if cycles < 1:
-            raise UserError(f"--kl_anneal_cycle {cycles}: expected at least 1")
+        if args.kl_anneal_cycle < 1:
+            raise UserError(f"--kl_anneal_cycle {args.kl_anneal_cycle}: expected at least 1")
         if not 0 < args.kl_anneal_ratio <= 1:
             raise UserError(f"--kl_anneal_ratio {args.kl_anneal_ratio}: expected above 0 and at most 1")
-        most = max(1, args.num_epoch // 2)
+        cycles, most = args.kl_anneal_cycle if kind == "Cyclical" else 1, max(1, args.num_epoch // 2)
         if cycles > most:
             say(f"--kl_anneal_cycle {cycles} is more than {args.num_epoch} epochs hold: {most} used")
             cycles = most
@@ -135,7 +134,7 @@ def learning_rate_factor(args, epoch, done):
     if args.schedule == "step":  # the template's MultiStepLR
         factor = 0.1 ** sum(epoch >= milestone for milestone in (2, 5))
     else:  # cosine with warm-up (Loshchilov & Hutter 2017)
-        warm_up = min(WARM_UP, 0.1 / args.num_epoch)
+        warm_up = min(WARM_UP, 0.1 / args.num_epoch * min(1.0, data_share(args, 0) / data_share(args, args.num_epoch - 1)))
         factor = min(1.0, done / warm_up + 0.05) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     if args.fast_train and epoch < args.fast_train_epoch and "lr" not in args.given:
         factor *= FAST_LR
@@ -711,7 +710,7 @@ class VAE_Model(nn.Module):
         """Record the epoch that was trained and validated, go on to the next, and write the files."""
         # a run that goes on in another folder has its best there too
         epoch, best = self.current_epoch, psnr > self.best_psnr or not (Path(self.args.save_root) / "best.ckpt").exists()
-        self.best_psnr = max(self.best_psnr, psnr)
+        self.best_psnr = psnr if best else self.best_psnr
         if self.rank == 0:
             self.record(epoch, psnr, best)
         self.current_epoch, self.step = epoch + 1, 0
@@ -750,6 +749,10 @@ class VAE_Model(nn.Module):
     def begin(self):
         """Ready the first step: state of a checkpoint or a fresh start, averages, the other ranks, the clock."""
         args = self.args
+        goes_on_here = self.steps_done or args.ckpt_path and Path(args.ckpt_path).parent.resolve() == Path(args.save_root).resolve()
+        aside = set_aside(args.save_root) if self.rank == 0 and not goes_on_here else None
+        if aside:
+            say(f"--save_root {args.save_root}: the run that was here is in {aside} now; --save_root {aside} --resume goes on with it")
         if args.tensorboard and self.rank == 0:
             self.board = open_tensorboard(args.save_root)
         self.set_learning_rate()
@@ -777,6 +780,7 @@ class VAE_Model(nn.Module):
             self.load_training_state(self.restored)
             self.fitted_epochs = self.restored["num_epoch"]
             self.scheduler.base_lrs, args.lr, self.restored = [self.base_lr], self.base_lr, None
+        self.teacher_forcing_ratio_update()  # --tfr and its decay may be other ones now
         if self.rank == 0:
             sweep_leftovers(args.save_root)
         say(f"{args.device}, {self.precision_reason}; {self.train_frames} training frames"
@@ -904,7 +908,8 @@ class VAE_Model(nn.Module):
             "lr": self.optim.param_groups[0]["lr"],
             "tfr": self.tfr,
             "last_epoch": self.current_epoch - 1,
-            "args": {k: v for k, v in vars(self.args).items() if v is None or isinstance(v, (bool, int, float, str))},
+            "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()
+                     if v is None or isinstance(v, (bool, int, float, str, Path))},
             "resume": state,
         }
 
@@ -996,6 +1001,7 @@ class VAE_Model(nn.Module):
             return
         loaded = read_checkpoint(self.args.ckpt_path)
         load_weights(self, loaded["state_dict"], self.args.ckpt_path)
+        self.ema = self.pool = self.poses = None  # of a stage before this; what is loaded are the weights to validate
         self.set_up_training()
         self.base_lr = self.args.lr
         if "lr" not in self.args.given:

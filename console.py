@@ -19,8 +19,8 @@ class UserError(ValueError):
     """A mistake that the user can correct. Its one-line text names the file or flag and says what was expected."""
 
 
-class Stopped(Exception):
-    """Work was stopped by a signal, in good order. `signal` is its number."""
+class Stopped(BaseException):
+    """Work was stopped by a signal, in good order. `signal` is its number. Like KeyboardInterrupt no Exception, so none swallows it."""
 
     def __init__(self, number):
         super().__init__(signal.Signals(number).name)

@@ -6,6 +6,7 @@ PyTorch is imported where a checkpoint is read or written, so that scripts that 
 """
 
 import csv
+import itertools
 import os
 import pickle
 import re
@@ -23,6 +24,9 @@ from console import UserError
 NETWORKS = ("frame_transformation", "label_transformation", "Gaussian_Predictor", "Decoder_Fusion", "Generator")
 HISTORY = ("epoch", "lr", "tfr", "tf_share", "beta", "train_loss", "train_mse", "train_kl", "val_mse", "val_psnr_mean",
            "val_psnr_min", "val_psnr_last", "skipped_steps", "seconds", "frames_per_second")
+
+# what a run writes into its folder, as patterns
+OF_A_RUN = ("last.ckpt", "best.ckpt", "epoch=*", "history.csv", "psnr_per_frame.*", "val_pred.gif", "tensorboard")
 
 # what strangers' checkpoints hold beside tensors: NumPy numbers and parsed arguments, which can't run code
 _HARMLESS = [Namespace, np.dtype, np.ndarray] + [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
@@ -81,13 +85,22 @@ def atomic(path):
         aside.unlink(missing_ok=True)
 
 
+def on_cpu(value):
+    """A checkpoint with all its tensors on the CPU, so that torch.load reads it on a machine without the GPU."""
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(on_cpu, value))
+    return value.cpu() if hasattr(value, "cpu") else value
+
+
 def write_checkpoint(path, checkpoint):
     """torch.save, atomically. RuntimeError of a full disk becomes a UserError; the previous file stays whole."""
     import torch
 
     with atomic(path) as aside:
         try:
-            torch.save(checkpoint, aside)
+            torch.save(on_cpu(checkpoint), aside)
         except RuntimeError as error:  # PyTorch's writer reports a failed write this way
             raise OSError(str(error).splitlines()[0]) from None
 
@@ -96,6 +109,25 @@ def sweep_leftovers(folder):
     """Remove the temporary files that a killed run left in its folder. Call it with the folder's lock held."""
     for path in Path(folder).glob(".*.part*"):
         path.unlink(missing_ok=True)
+
+
+def set_aside(folder):
+    """Move what an earlier run left in its folder into earlier1 in there, or the first such number that is free.
+
+    Returns the new folder, itself a save_root to go on in; None where there was no checkpoint. UserError where that can't be done.
+    """
+    folder = Path(folder)
+    if not any(list(folder.glob(pattern)) for pattern in ("last.ckpt", "best.ckpt", "epoch=*.ckpt")):
+        return None
+    aside = next(path for n in itertools.count(1) if not os.path.lexists(path := folder / f"earlier{n}"))
+    try:
+        aside.mkdir()
+        for path in [path for pattern in OF_A_RUN for path in folder.glob(pattern)]:
+            path.rename(aside / path.name)
+    except OSError as error:
+        raise UserError(f"--save_root {folder}: holds an earlier run that can't be moved to {aside} ({error.strerror or error}); "
+                        f"expected --resume, or another folder") from None
+    return aside
 
 
 def write_csv(path, columns, rows):

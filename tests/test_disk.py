@@ -32,7 +32,39 @@ def in_child(function, *args):
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != ".lock"}
+
+
+# ---------------------------------------------------------------- an earlier run
+
+def test_a_fresh_run_keeps_the_one_that_was_there(tiny_data, tiny_run, tmp_path, capsys):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    (folder / "mine.txt").write_text("no file of a run")
+    before = {name: data for name, data in contents(folder).items() if name != "mine.txt"}
+    assert train(tiny_data, folder, "--seed", 1, "--num_epoch", 1, "--store_visualization") == 0
+    assert "earlier1" in capsys.readouterr().out
+    assert contents(folder / "earlier1") == before and (folder / "mine.txt").exists()
+    assert (folder / "best.ckpt").read_bytes() != before["best.ckpt"]
+
+    assert train(tiny_data, folder, "--seed", 2, "--num_epoch", 1) == 0
+    assert {"best.ckpt", "epoch=0_pred.gif"} <= contents(folder / "earlier2").keys() and contents(folder / "earlier1") == before
+    assert train(tiny_data, folder / "earlier1", "--resume", "--num_epoch", 3) == 0
+    assert records.read_checkpoint(folder / "earlier1" / "last.ckpt")["last_epoch"] == 2
+
+
+@pytest.mark.parametrize("flags", [["--resume"], ["--ckpt_path", "best.ckpt"]])
+def test_going_on_moves_nothing(tiny_data, tiny_run, tmp_path, monkeypatch, flags):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    monkeypatch.chdir(folder)
+    assert train(tiny_data, folder, "--num_epoch", 3, *flags) == 0
+    assert not list(folder.glob("earlier*"))
+
+
+def test_a_refused_start_moves_nothing(tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    before = contents(folder)
+    assert train(tmp_path / "nowhere", folder) == 2
+    assert contents(folder) == before
 
 
 # ---------------------------------------------------------------- half-written files

@@ -95,6 +95,34 @@ def test_going_on_from_any_checkpoint_of_ours(tiny_data, tiny_run, tmp_path):
     assert {p.name for p in (tmp_path / "on").iterdir()} >= {"best.ckpt", "val_pred.gif", "psnr_per_frame.csv", "psnr_per_frame.png"}
 
 
+def test_another_teacher_forcing_ratio_holds_from_the_next_epoch_on(tiny_data, tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    assert train(tiny_data, folder, "--resume", "--num_epoch", 3, "--tfr", 0.5) == 0
+    assert [float(row["tfr"]) for row in rows(folder / "history.csv")] == [0.035, 0.035, 0.5]
+
+
+def test_going_on_in_another_folder_keeps_the_best_of_there(tiny_data, tiny_run, tmp_path, monkeypatch):
+    def eval(model):
+        model.psnr_per_frame = [scores[model.current_epoch]] * 19
+        return score(model) * 0 + scores[model.current_epoch]
+
+    score, scores = Trainer.VAE_Model.eval, {2: 2.0, 3: 4.0, 4: 3.0}  # two epochs before, with above 6 dB
+    monkeypatch.setattr(Trainer.VAE_Model, "eval", eval)
+    assert train(tiny_data, tmp_path / "new", "--ckpt_path", tiny_run / "last.ckpt", "--num_epoch", 5) == 0
+    assert load(tmp_path / "new" / "best.ckpt")["last_epoch"] == 3
+
+
+def test_a_model_that_has_trained_takes_a_checkpoints_weights(tiny_data, tiny_run, tmp_path):
+    model = Trainer.VAE_Model(Trainer.build_parser().parse_args(
+        ["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY, "--seed", "1", "--num_epoch", "1"]))
+    model.training_stage()
+    model.args.ckpt_path = str(tiny_run / "best.ckpt")
+    model.load_checkpoint()
+    model.save(tmp_path / "again.ckpt")
+    again, best = load(tmp_path / "again.ckpt")["state_dict"], load(tiny_run / "best.ckpt")["state_dict"]
+    assert all(torch.equal(again[key], best[key]) for key in best)
+
+
 @pytest.mark.parametrize("before, now, steps", [("AdamW", "Adam", 3), ("Muon", "AdamW", 1), ("AdamW", "Muon", 1)])
 def test_another_optimizer_goes_on_with_settings_of_its_own(tiny_data, tmp_path, capsys, before, now, steps):
     """The moments go on where both optimizers keep the same ones, else they start anew."""

@@ -181,9 +181,9 @@ def test_fast_train_shortens_exactly_its_epochs_at_a_larger_rate(recipe, words, 
         assert plain == pytest.approx([0.001, 0.001, 0.0001, 0.0001]) and rates == pytest.approx([0.0015, 0.0015, 0.0001, 0.0001])
 
 
-@pytest.mark.parametrize("epochs, shortened", [(3, 1), (8, 3), (70, 5), (500, 5)])
-def test_every_epoch_that_fast_train_shortens_has_a_larger_rate_than_the_rest(epochs, shortened):
-    args = flags("--fast_train", "--num_epoch", str(epochs), "--fast_train_epoch", str(shortened))
+@pytest.mark.parametrize("epochs, shortened, share", [(3, 1, 0.4), (8, 3, 0.4), (70, 5, 0.4), (500, 5, 0.4), (70, 5, 0.05)])
+def test_every_epoch_that_fast_train_shortens_has_a_larger_rate_than_the_rest(epochs, shortened, share):
+    args = flags("--fast_train", "--num_epoch", str(epochs), "--fast_train_epoch", str(shortened), "--fast_partial", str(share))
     ends = [0.0]
     for epoch in range(epochs):
         ends.append(ends[-1] + Trainer.data_share(args, epoch))
