@@ -152,8 +152,8 @@ class RolloutPool:
     """Lanes that each hold a frame the network generated, and where in the training data it stands.
 
     A training step draws a few lanes, predicts from each lane's frame a frame of the same clip, and puts the prediction
-    back. So the network trains on histories as deep as a test rollout's at the price of one step. A lane chosen for
-    teacher forcing restarts from ground truth somewhere in the data. docs/RECIPE.md has the evidence.
+    back. So the network trains on histories dozens of its own steps deep at the price of one. A lane chosen for teacher forcing
+    restarts from ground truth somewhere in the data. docs/RECIPE.md has the evidence.
 
     dataset: a Dataset_Dance of the train split. clips: `find_clips` of its frames; no window crosses a cut.
     """
