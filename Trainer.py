@@ -96,7 +96,8 @@ class kl_annealing:
             raise UserError(f"--kl_anneal_cycle {args.kl_anneal_cycle}: expected at least 1")
         if not 0 < args.kl_anneal_ratio <= 1:
             raise UserError(f"--kl_anneal_ratio {args.kl_anneal_ratio}: expected above 0 and at most 1")
-        cycles, most = args.kl_anneal_cycle if kind == "Cyclical" else 1, max(1, args.num_epoch // 2)
+        cycles = args.kl_anneal_cycle if kind == "Cyclical" else 1
+        most = max(1, args.num_epoch // 2)
         if cycles > most:
             say(f"--kl_anneal_cycle {cycles} is more than {args.num_epoch} epochs hold: {most} used")
             cycles = most
@@ -710,7 +711,8 @@ class VAE_Model(nn.Module):
         """Record the epoch that was trained and validated, go on to the next, and write the files."""
         # a run that goes on in another folder has its best there too
         epoch, best = self.current_epoch, psnr > self.best_psnr or not (Path(self.args.save_root) / "best.ckpt").exists()
-        self.best_psnr = psnr if best else self.best_psnr
+        if best:
+            self.best_psnr = psnr
         if self.rank == 0:
             self.record(epoch, psnr, best)
         self.current_epoch, self.step = epoch + 1, 0
@@ -780,7 +782,7 @@ class VAE_Model(nn.Module):
             self.load_training_state(self.restored)
             self.fitted_epochs = self.restored["num_epoch"]
             self.scheduler.base_lrs, args.lr, self.restored = [self.base_lr], self.base_lr, None
-        self.teacher_forcing_ratio_update()  # --tfr and its decay may be other ones now
+        self.teacher_forcing_ratio_update()  # from the flags as they are now, whatever the checkpoint had
         if self.rank == 0:
             sweep_leftovers(args.save_root)
         say(f"{args.device}, {self.precision_reason}; {self.train_frames} training frames"
@@ -925,7 +927,7 @@ class VAE_Model(nn.Module):
         return {
             "weights": self.network_state(), "ema": self.ema, "optimizer": self.optim.state_dict(),
             "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(),
-            "epoch": self.current_epoch, "kl_epoch": self.kl_annealing.current_epoch, "tfr": self.tfr,
+            "epoch": self.current_epoch, "kl_epoch": self.kl_annealing.current_epoch,
             "step": self.step, "steps_done": self.steps_done, "epoch_coin": self.epoch_coin,
             "totals": self.totals, "learning_rate_sum": self.learning_rate_sum, "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds, "share_done": self.share_done(), "best_psnr": self.best_psnr,
@@ -950,7 +952,7 @@ class VAE_Model(nn.Module):
             self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         if state["scaler"]:  # empty where nothing was scaled
             self.scaler.load_state_dict(state["scaler"])
-        self.current_epoch, self.tfr = state["epoch"], state["tfr"]
+        self.current_epoch = state["epoch"]
         self.kl_annealing.current_epoch = state["kl_epoch"]
         self.step, self.steps_done, self.epoch_coin = state["step"], state["steps_done"], state["epoch_coin"]
         self.totals = state["totals"].to(self.totals.dtype).to(self.device)

@@ -117,12 +117,13 @@ def set_aside(folder):
     Returns the new folder, itself a save_root to go on in; None where there was no checkpoint. UserError where that can't be done.
     """
     folder = Path(folder)
-    if not any(list(folder.glob(pattern)) for pattern in ("last.ckpt", "best.ckpt", "epoch=*.ckpt")):
+    left = [path for pattern in OF_A_RUN for path in folder.glob(pattern)]
+    if not any(path.suffix == ".ckpt" for path in left):
         return None
     aside = next(path for n in itertools.count(1) if not os.path.lexists(path := folder / f"earlier{n}"))
     try:
         aside.mkdir()
-        for path in [path for pattern in OF_A_RUN for path in folder.glob(pattern)]:
+        for path in left:
             path.rename(aside / path.name)
     except OSError as error:
         raise UserError(f"--save_root {folder}: holds an earlier run that can't be moved to {aside} ({error.strerror or error}); "

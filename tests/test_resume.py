@@ -103,8 +103,8 @@ def test_another_teacher_forcing_ratio_holds_from_the_next_epoch_on(tiny_data, t
 
 def test_going_on_in_another_folder_keeps_the_best_of_there(tiny_data, tiny_run, tmp_path, monkeypatch):
     def eval(model):
-        model.psnr_per_frame = [scores[model.current_epoch]] * 19
-        return score(model) * 0 + scores[model.current_epoch]
+        score(model)
+        return scores[model.current_epoch]
 
     score, scores = Trainer.VAE_Model.eval, {2: 2.0, 3: 4.0, 4: 3.0}  # two epochs before, with above 6 dB
     monkeypatch.setattr(Trainer.VAE_Model, "eval", eval)
