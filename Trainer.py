@@ -879,7 +879,8 @@ class VAE_Model(nn.Module):
         if self.clock.fitted:
             shrink = args.num_epoch / (self.fitted_epochs or before)
             if "tfr_sde" not in args.given:
-                args.tfr_sde = self.tfr_sde = round(args.tfr_sde * shrink)
+                # a run that begins on ground truth still does: from its first step on its own frames the loss would explode
+                args.tfr_sde = self.tfr_sde = max(min(1, args.tfr_sde), round(args.tfr_sde * shrink))
             if "tfr_d_step" not in args.given:
                 args.tfr_d_step = self.tfr_d_step = min(1.0, args.tfr_d_step / shrink)
             self.kl_annealing = kl_annealing(args, self.current_epoch)
