@@ -11,7 +11,6 @@ training step, its rollout, its training stage and its checkpoints, and the comm
 """
 
 import argparse
-import atexit
 import copy
 import math
 import os
@@ -639,8 +638,8 @@ class VAE_Model(nn.Module):
         self.open_data()
         make_folder(self.args.save_root)
         with locked(self.args.save_root) if self.rank == 0 else nullcontext(), console.catching_signals(self.note_signal):
-            self.begin()
             try:
+                self.begin()
                 while self.current_epoch < self.args.num_epoch:
                     self.train_epoch()
                     began = time.monotonic()
@@ -652,6 +651,9 @@ class VAE_Model(nn.Module):
                 self.write(["last.ckpt"])
                 say(f"stopped in epoch {self.current_epoch}, saved; go on with: {resume_command()}")
                 raise
+            except torch.OutOfMemoryError:
+                raise UserError(f"--batch_size {self.args.batch_size}: needs more memory than {self.device} has free; expected a smaller one, "
+                                f"or --checkpoint_steps for long windows") from None
             finally:
                 self.__dict__["parallel"] = None  # it holds on to the process group, which would end after its threads
                 self.began = None  # a stage that follows in this process has minutes of its own
@@ -825,19 +827,27 @@ class VAE_Model(nn.Module):
         settings = torch._dynamo.config
         settings.cache_size_limit = 64    # the networks share one limit, training and rollout too
         settings.optimize_ddp = False     # gradients of 6 MB need no graph split for their sake
+        # no gradients are exchanged meanwhile: compiling may fail on one rank alone
+        parallel, self.__dict__["parallel"], problem = self.parallel, None, None
         try:
-            for network in networks:
-                network.compile()
+            for network in networks:  # few sizes come up with windows of 2; kernels that are for any size are slower
+                network.compile(dynamic=False if args.train_vi_len == 2 else None)
             shape = (args.batch_size, args.train_vi_len, 3, args.frame_H, args.frame_W)
             for taught in (True, False) if args.train_vi_len > 2 else (True,):
                 self.training_one_step(torch.rand(shape), torch.rand(shape), taught)
             with self.validated_weights():
                 self.rollout(torch.rand(shape)[:1, 0], torch.rand(shape)[:1, :1].expand(1, 3, -1, -1, -1))
-            settings.suppress_errors = True  # what is compiled later falls back by itself
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # no compiler, no triton, an operator that it can't take: many kinds
+            problem = type(error).__name__
+        self.__dict__["parallel"] = parallel
+        if self.on_any_rank(int(problem is not None)):
             for network in networks:
                 network._compiled_call_impl = None
-            say(f"torch.compile does not work here ({type(error).__name__}): going on without it")
+            say(f"torch.compile does not work here ({problem or 'on another rank'}): going on without it")
+        else:
+            settings.suppress_errors = True  # what is compiled later falls back by itself
         self.load_training_state(state)
 
     # ------------------------------------------------------------ a run fitted to --max_minutes
@@ -1079,9 +1089,15 @@ class VAE_Model(nn.Module):
         if self.clock:
             self.clock.now = self.from_rank_0(time.monotonic())
         if self.world > 1:
-            asked = torch.tensor(self.stop_signal or 0, device=self.device)
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.agreed = int(asked)
+            self.agreed = self.on_any_rank(self.stop_signal or 0)
+
+    def on_any_rank(self, value):
+        """The largest of the whole numbers that the ranks have."""
+        if self.world == 1:
+            return value
+        value = torch.tensor(value, device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
 
     def from_rank_0(self, value):
         """The number that rank 0 has."""
@@ -1175,8 +1191,17 @@ def join_processes(args):
     device = pick_device(args.device)
     # a rank waits for rank 0's validation, which may be long
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    atexit.register(dist.destroy_process_group)  # however this process ends, stopped or with an error too
     return dist.get_rank(), world
+
+
+def leave(status):
+    """Exit. After an error that the other ranks may not have had, at once: ending their group in good order would wait for them."""
+    if dist.is_available() and dist.is_initialized():
+        if status not in (0, *console.INTERRUPTED.values()):
+            sys.stdout.flush()
+            os._exit(status)
+        dist.destroy_process_group()
+    sys.exit(status)
 
 
 def main(argv=None):
@@ -1211,4 +1236,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, leave)

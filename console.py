@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from contextlib import contextmanager
 
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit status by signal, as a shell reports it
@@ -27,8 +28,11 @@ class Stopped(BaseException):
         self.signal = number
 
 
-def run(main):
-    """Call main() as a command: exit 0 when done, 2 with one line on stderr for a UserError, 130 and 143 when stopped."""
+def run(main, leave=sys.exit):
+    """Call main() as a command: exit 0 when done, 2 with one line on stderr for a UserError, 130 and 143 when stopped, 1 for a bug.
+
+    leave: is called with the exit status.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a path that the terminal's encoding lacks must not end a run
             stream.reconfigure(errors="backslashreplace")
@@ -42,7 +46,12 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         status = INTERRUPTED[signal.SIGINT]
-    sys.exit(status or 0)
+    except SystemExit as end:
+        status = end.code
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    leave(status or 0)
 
 
 @contextmanager

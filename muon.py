@@ -6,7 +6,7 @@ import torch
 
 MOMENTUM = 0.95
 # the polynomial a x + b x^3 + c x^5 of Jordan et al.: five times over, it takes singular values from 0.002 on to between 0.7 and 1.2
-COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), (3, 2)
 
 
 def is_matrix(parameter):
@@ -15,22 +15,42 @@ def is_matrix(parameter):
 
 
 def orthogonalize(matrices):
-    """Matrices (N, rows, columns) with their singular values brought close to 1, by Newton-Schulz iterations."""
+    """A list of matrices (rows, columns), each with its singular values brought close to 1, by five Newton-Schulz iterations.
+
+    An iteration multiplies x by a + b A + c A^2 with A = x x^T, a square matrix as small as x's smaller side. So the squares alone are
+    iterated, those of one size together, and x is multiplied with their product. That is done after three iterations and after
+    all five: at once, rounding errors in A would swamp the weak directions of x.
+    """
+    wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
+    wide = [x / (norm + 1e-7) for x, norm in zip(wide, torch._foreach_norm(wide))]
+    alike = defaultdict(list)
+    for i, x in enumerate(wide):
+        alike[len(x)].append(i)
+    for iterations in ITERATIONS:
+        for members in alike.values():
+            products = iterate(torch.stack([wide[i] @ wide[i].mT for i in members]), iterations)
+            for i, product in zip(members, products):
+                wide[i] = product @ wide[i]
+    return [x.float() if matrix.shape == x.shape else x.float().mT for x, matrix in zip(wide, matrices)]
+
+
+def iterate(squares, iterations):
+    """What so many Newton-Schulz iterations multiply x with, (N, rows, rows). squares: x x^T, (N, rows, rows)."""
     a, b, c = COEFFICIENTS
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.mT
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    product = None
+    for left in reversed(range(iterations)):
+        factor = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if left:
+            squares = factor @ squares @ factor
+    return product
 
 
 class Muon(torch.optim.AdamW):
     """Muon for the weights that `is_matrix` names, AdamW for all others: biases, norms, first, last and depthwise layers.
 
-    A step turns the momentum of a weight, as a matrix (C_out, C_in * k * k), into a nearly orthogonal one, so that all directions
+    A step turns the momentum of a weight, as a matrix (C_out, k * k * C_in), into a nearly orthogonal one, so that all directions
     of the weight learn at one pace. Times 0.2 sqrt(max(rows, columns)) it is as large as a step of Adam's, so rate and weight
     decay are AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
     Inside torch.autocast the iterations take its precision, which is enough for them. As in PyTorch's fused optimizers (fused=True), a step
@@ -42,13 +62,10 @@ class Muon(torch.optim.AdamW):
         """One step from the gradients that are there."""
         gradients = {}
         for group in self.param_groups:
-            alike = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None and is_matrix(parameter):
-                    alike[parameter.shape].append(parameter)
-            for parameters in alike.values():
-                self.turn(parameters, group["lr"], group["weight_decay"])
-                gradients.update((parameter, parameter.grad) for parameter in parameters)
+            matrices = [p for p in group["params"] if p.grad is not None and is_matrix(p)]
+            if matrices:
+                self.turn(matrices, group["lr"], group["weight_decay"])
+            gradients.update((p, p.grad) for p in matrices)
         for parameter in gradients:
             parameter.grad = None  # AdamW passes over what has no gradient
         super().step()
@@ -56,20 +73,24 @@ class Muon(torch.optim.AdamW):
             parameter.grad = gradient
 
     def turn(self, parameters, lr, weight_decay):
-        """Muon's step for weights of one shape, all at once."""
+        """Muon's step, for all its weights at once: on a GPU a call for each would take longer than what it computes."""
         found_inf = getattr(self, "found_inf", None)
-        taken = torch.ones((), device=parameters[0].device) if found_inf is None else 1 - found_inf
-        updates = []
-        for parameter in parameters:
-            state, gradient = self.state[parameter], parameter.grad
+        taken = 1.0 if found_inf is None else 1 - found_inf
+        gradients = [p.grad if found_inf is None else p.grad.nan_to_num(0, 0, 0) for p in parameters]
+        states = [self.state[p] for p in parameters]
+        for parameter, state in zip(parameters, states):
             if not state:
                 state.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter))
-            if found_inf is not None:
-                gradient = gradient.nan_to_num(0, 0, 0)
-            state["step"] += taken
-            state["exp_avg"].lerp_(gradient, (1 - MOMENTUM) * taken)
-            updates.append(gradient.lerp(state["exp_avg"], MOMENTUM).flatten(1))  # Nesterov's look ahead
-        updates = orthogonalize(torch.stack(updates)).float()
-        pace = lr * 0.2 * max(updates.shape[1:]) ** 0.5
-        for parameter, update in zip(parameters, updates):
-            parameter.mul_(1 - lr * weight_decay * taken).sub_(update.reshape(parameter.shape) * (pace * taken))
+        torch._foreach_add_([state["step"] for state in states], taken)
+        momenta = [state["exp_avg"] for state in states]
+        news = torch._foreach_sub(gradients, momenta)
+        torch._foreach_mul_(news, (1 - MOMENTUM) * taken)
+        torch._foreach_add_(momenta, news)
+
+        ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
+        # columns in the order that channels-last weights have in memory: nothing is copied
+        updates = orthogonalize([x.permute(0, 2, 3, 1).flatten(1) for x in ahead])
+        torch._foreach_mul_(updates, [lr * 0.2 * max(x.shape) ** 0.5 for x in updates])
+        torch._foreach_mul_(updates, taken)
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay * taken)
+        torch._foreach_sub_(parameters, [x.unflatten(1, (*p.shape[2:], -1)).permute(0, 3, 1, 2) for x, p in zip(updates, parameters)])

@@ -116,8 +116,8 @@ def build_parser():
     return parser
 
 
-def main():
-    args, flags = build_parser().parse_known_args()
+def main(argv=None):
+    args, flags = build_parser().parse_known_args(argv)
     unknown = [setting for setting in args.settings if not set(setting.split("+")) <= SETTINGS.keys()]
     if unknown:
         raise UserError(f"SETTING {unknown[0]}: expected one of {', '.join(SETTINGS)}, or several joined by +")

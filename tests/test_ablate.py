@@ -1,20 +1,24 @@
 """scripts/ablate.py: settings at the same number of frames, results in a CSV, nothing run or written twice."""
 
 import csv
+import sys
 
-from conftest import TINY, run_cli
+from conftest import ROOT, TINY, in_process, run_cli
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import ablate
 
 SIZES = [word for flag in ("--frame_H", "--frame_W", "--F_dim", "--L_dim", "--N_dim", "--D_out_dim", "--val_vi_len", "--device", "--precision")
          for word in (flag, TINY[TINY.index(flag) + 1])]
 
 
-def ablate(data, tmp_path, *words):
+def run_ablate(data, tmp_path, *words):
     return run_cli("scripts/ablate.py", data, tmp_path / "runs", *words, "--csv", tmp_path / "ablation.csv", *SIZES, timeout=400)
 
 
 def test_settings_at_equal_frames(tiny_data, tmp_path):
     words = ["pool", "template+batch_1", "--frames", 64]
-    done = ablate(tiny_data, tmp_path, *words)
+    done = run_ablate(tiny_data, tmp_path, *words)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "ablation.csv").read_text()
     rows = list(csv.DictReader(table.splitlines()))
@@ -23,13 +27,14 @@ def test_settings_at_equal_frames(tiny_data, tmp_path):
     assert all(0 < float(row["psnr_min"]) <= float(row["psnr_mean"]) for row in rows)
     assert "template+batch_1" in done.stdout
 
-    again = ablate(tiny_data, tmp_path, *words)
+    again = run_ablate(tiny_data, tmp_path, *words)
     assert again.returncode == 0 and (tmp_path / "ablation.csv").read_text() == table
     assert "epoch 0:" not in again.stdout  # nothing was trained
 
 
-def test_errors(tiny_data, tmp_path):
+def test_errors(tiny_data, tmp_path, capfd):
     for words, named in ((["pool"], "--frames"), (["nothing", "--frames", 64], "SETTING nothing"), (["pool", "--frames", 64, "--lr", "-1"], "--lr")):
-        done = ablate(tiny_data, tmp_path, *words)
-        assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
+        assert in_process(ablate.main, tiny_data, tmp_path / "runs", *words, "--csv", tmp_path / "ablation.csv", *SIZES) == 2
+        err = capfd.readouterr().err
+        assert named in err and "Traceback" not in err
     assert not (tmp_path / "ablation.csv").exists()

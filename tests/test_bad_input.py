@@ -463,3 +463,13 @@ def test_folders_whose_names_are_not_utf8(whole, tmp_path):
     assert done.returncode == 0, done.stderr
     assert command(Tester.main, "--ckpt_path", out / "best.ckpt", "--device", "cpu", "--precision", "fp32") == 0
     assert (out / "test" / "submission.csv").exists()
+
+
+def test_more_than_the_memory_holds(whole, tmp_path, monkeypatch, capfd):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Trainer.VAE_Model, "forward", full)
+    assert command(Trainer.main, "--DR", whole, "--save_root", tmp_path / "out", *SIZES, "--no_cache") == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: --batch_size 4: ") and "--checkpoint_steps" in last

@@ -11,7 +11,7 @@ import pytest
 
 import Trainer
 from conftest import ROOT, TINY, in_process
-from records import read_checkpoint
+from records import locked, read_checkpoint
 from scripts.kill_test import compare
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -67,6 +67,13 @@ def test_torchrun_on_the_command_line(tiny_data, tmp_path):
     assert said.count("saved; go on with: torchrun --nproc_per_node=2 ") == 1 and "--resume" in said
     assert "Trainer.py\", line" not in said  # torchrun has a traceback of its own; ours has none
     assert len(read_checkpoint(folder / "last.ckpt")["resume"]["ranks"]) == 2
+
+
+def test_an_error_of_one_rank_alone_ends_all(tiny_data, tmp_path):
+    with locked(tmp_path):  # rank 0 alone looks
+        done = subprocess.run([*TORCHRUN, str(ROOT / "Trainer.py"), "--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY],
+                              capture_output=True, text=True, timeout=90)
+    assert done.returncode != 0 and done.stderr.count("another run is using it") == 1
 
 
 def test_several_gpus_without_torchrun(tiny_data, tmp_path, capsys):

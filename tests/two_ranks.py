@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import console  # noqa: E402
 import Trainer  # noqa: E402
 from conftest import TINY  # noqa: E402
 from console import Stopped  # noqa: E402
@@ -92,4 +93,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main, Trainer.leave)
