@@ -22,7 +22,9 @@ def orthogonalize(matrices):
     all five: at once, rounding errors in A would swamp the weak directions of x.
     """
     wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
-    wide = [x / (norm + 1e-7) for x, norm in zip(wide, torch._foreach_norm(wide))]
+    norms = torch._foreach_norm(wide)
+    torch._foreach_add_(norms, 1e-7)
+    wide = list(torch._foreach_div(wide, norms))
     alike = defaultdict(list)
     for i, x in enumerate(wide):
         alike[len(x)].append(i)
