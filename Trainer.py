@@ -1088,8 +1088,7 @@ class VAE_Model(nn.Module):
         """Let all ranks see the same clock, and the same signal if any of them got one. Costs nothing with one rank."""
         if self.clock:
             self.clock.now = self.from_rank_0(time.monotonic())
-        if self.world > 1:
-            self.agreed = self.on_any_rank(self.stop_signal or 0)
+        self.agreed = self.on_any_rank(self.stop_signal or 0)
 
     def on_any_rank(self, value):
         """The largest of the whole numbers that the ranks have."""

@@ -39,14 +39,16 @@ def orthogonalize(matrices):
 def iterate(squares, iterations):
     """What so many Newton-Schulz iterations multiply x with, (N, rows, rows). squares: x x^T, (N, rows, rows)."""
     a, b, c = COEFFICIENTS
-    product = None
-    for left in reversed(range(iterations)):
-        factor = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        product = factor if product is None else factor @ product
-        if left:
-            squares = factor @ squares @ factor
-    return product
+    product, kind = None, squares.dtype
+    with torch.autocast(squares.device.type, enabled=False):  # they are small, and their rounding errors are not
+        squares = squares.float()
+        for left in reversed(range(iterations)):
+            factor = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            product = factor if product is None else factor @ product
+            if left:
+                squares = factor @ squares @ factor
+    return product.to(kind)
 
 
 class Muon(torch.optim.AdamW):
@@ -55,8 +57,8 @@ class Muon(torch.optim.AdamW):
     A step turns the momentum of a weight, as a matrix (C_out, k * k * C_in), into a nearly orthogonal one, so that all directions
     of the weight learn at one pace. Times 0.2 sqrt(max(rows, columns)) it is as large as a step of Adam's, so rate and weight
     decay are AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
-    Inside torch.autocast the iterations take its precision, which is enough for them. As in PyTorch's fused optimizers (fused=True), a step
-    changes nothing where `found_inf` is set and 1, so that the host need not wait to know.
+    Inside torch.autocast products with the weights take its precision, which is enough for them; the squares are iterated in float32. As in
+    PyTorch's fused optimizers (fused=True), a step changes nothing where `found_inf` is set and 1, so that the host need not wait to know.
     """
 
     @torch.no_grad()

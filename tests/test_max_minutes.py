@@ -35,7 +35,6 @@ def test_a_run_with_time_to_spare_is_left_alone(tiny_data, tiny_run, tmp_path):
     assert all(torch.equal(value, plain["state_dict"][name]) for name, value in last["state_dict"].items())
 
 
-
 def test_a_fitted_run_of_the_template_begins_on_ground_truth(tiny_data, tmp_path):
     _, rows, last = run(tiny_data, tmp_path, "--recipe", "template", "--train_vi_len", "4", "--num_epoch", "100000", "--max_minutes", "0.1")
     assert float(rows[0]["tfr"]) == 1  # fitted to nearly no epochs, its decay would round to start before the first

@@ -19,14 +19,14 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-def test_two_kills(tiny_data, tmp_path):
+def test_three_kills(tiny_data, tmp_path):
     """SIGKILL at random moments, one at least inside a write, both recipes. What is not killed runs in this process."""
     def finish(*args, **options):
         began = time.monotonic()
         return in_process(Trainer.main, *command(*args, **options)[2:]), "see the captured output", time.monotonic() - began
 
-    equal, in_write, problems = kill_test(tiny_data, tmp_path, 2, variants=("pool", "template, loader processes"), finish=finish)
-    assert (equal, problems) == (2, [])
+    equal, in_write, problems = kill_test(tiny_data, tmp_path, 3, variants=("pool", "template, loader processes"), finish=finish)
+    assert (equal, problems) == (3, [])
     assert in_write >= 1
 
 

@@ -166,17 +166,19 @@ def history(data, folder, *words):
     ("pool", ["--batch_size", "16"], 64)])
 def test_fast_train_shortens_exactly_its_epochs_at_a_larger_rate(recipe, words, whole, tiny_data, tmp_path):
     words = ["--recipe", recipe, *words]
+    plain, all_frames = history(tiny_data, tmp_path / "plain", *words)
+    assert all_frames == [whole] * 4
     fast = ["--fast_train", "--fast_train_epoch", "2", "--fast_partial", "0.5"]
     rates, frames = history(tiny_data, tmp_path / "fast", *words, *fast)
     assert frames == [whole // 2, whole // 2, whole, whole]
-    assert min(rates[:2]) > max(rates[2:])
+    assert min(rates[:2]) > max(rates[2:]) and max(rates) > 1.2 * max(plain)
 
     default = Trainer.build_parser().parse_args(words).lr
     explicit, frames = history(tiny_data, tmp_path / "explicit", *words, *fast, "--lr", str(default))
     assert frames == [whole // 2, whole // 2, whole, whole]
     assert max(explicit) <= default and explicit == pytest.approx([rates[0] / 1.5, rates[1] / 1.5, *rates[2:]], rel=1e-6)
     if recipe == "template":
-        assert rates == pytest.approx([0.0015, 0.0015, 0.0001, 0.0001])
+        assert plain == pytest.approx([0.001, 0.001, 0.0001, 0.0001]) and rates == pytest.approx([0.0015, 0.0015, 0.0001, 0.0001])
 
 
 @pytest.mark.parametrize("epochs, shortened, share", [(3, 1, 0.4), (8, 3, 0.4), (70, 5, 0.4), (500, 5, 0.4), (70, 5, 0.05)])
