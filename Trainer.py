@@ -50,7 +50,7 @@ NOISE_MSE = 1e-5          # 50 dB: errors below it hardly count
 GIF_TICK = 40             # milliseconds a frame, the template's
 # not the label encoder: it is small, and would be compiled once more for the last, shorter block of a rollout
 COMPILED = [name for name in NETWORKS if name != "label_transformation"]
-CPU_PIXELS = 16 * 32 * 64  # what a CPU computes at a time: more gains little and holds more memory (docs/PERFORMANCE.md)
+CPU_PIXELS = 8 * 32 * 64  # what a CPU computes at a time: more gains little and adds up less exactly (docs/PERFORMANCE.md)
 
 
 # ---------------------------------------------------------------- loss and metric
@@ -374,8 +374,7 @@ class VAE_Model(nn.Module):
             loss, mse, kl, self.generated = (self.parallel or partial(VAE_Model.forward, self))(img, label, adapt_TeacherForcing)
         # a loss may overflow where its gradient does not; a NaN factor tells every rank, without a synchronisation
         self.scaler.scale(loss).backward(torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss))
-        with self.autocast():  # Muon's iterations are matrix products
-            finite = self.optimizer_step()
+        finite = self.optimizer_step()
         self.add_up(finite, torch.stack([loss, mse, kl]), statistics)
         return loss.detach()
 

@@ -1,6 +1,7 @@
 """The Muon optimizer: momentum whose matrices are made orthogonal before each step (Jordan et al. 2024, "Muon")."""
 
 from collections import defaultdict
+from contextlib import contextmanager
 
 import torch
 
@@ -14,12 +15,25 @@ def is_matrix(parameter):
     return parameter.dim() == 4 and min(parameter.shape[:2]) > 3
 
 
+@contextmanager
+def whole_float32(device):
+    """Inside, matrix products keep all of float32: no autocast, and no TF32 on CUDA."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def orthogonalize(matrices):
-    """A list of matrices (rows, columns), each with its singular values brought close to 1, by five Newton-Schulz iterations.
+    """A list of float32 matrices (rows, columns), each with its singular values brought close to 1, by five Newton-Schulz iterations.
 
     An iteration multiplies x by a + b A + c A^2 with A = x x^T, a square matrix as small as x's smaller side. So the squares alone are
     iterated, those of one size together, and x is multiplied with their product. That is done after three iterations and after
-    all five: at once, rounding errors in A would swamp the weak directions of x.
+    all five: at once, rounding errors in A would swamp the weak directions of x. So do those of products in bf16: the
+    posterior's weights walk off along directions whose gradient is lost, until the KL term explodes (docs/RECIPE.md).
     """
     wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
     norms = torch._foreach_norm(wide)
@@ -33,22 +47,20 @@ def orthogonalize(matrices):
             products = iterate(torch.stack([wide[i] @ wide[i].mT for i in members]), iterations)
             for i, product in zip(members, products):
                 wide[i] = product @ wide[i]
-    return [x.float() if matrix.shape == x.shape else x.float().mT for x, matrix in zip(wide, matrices)]
+    return [x if matrix.shape == x.shape else x.mT for x, matrix in zip(wide, matrices)]
 
 
 def iterate(squares, iterations):
     """What so many Newton-Schulz iterations multiply x with, (N, rows, rows). squares: x x^T, (N, rows, rows)."""
     a, b, c = COEFFICIENTS
-    product, kind = None, squares.dtype
-    with torch.autocast(squares.device.type, enabled=False):  # they are small, and their rounding errors are not
-        squares = squares.float()
-        for left in reversed(range(iterations)):
-            factor = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
-            factor.diagonal(dim1=1, dim2=2).add_(a)
-            product = factor if product is None else factor @ product
-            if left:
-                squares = factor @ squares @ factor
-    return product.to(kind)
+    product = None
+    for left in reversed(range(iterations)):
+        factor = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if left:
+            squares = factor @ squares @ factor
+    return product
 
 
 class Muon(torch.optim.AdamW):
@@ -57,8 +69,8 @@ class Muon(torch.optim.AdamW):
     A step turns the momentum of a weight, as a matrix (C_out, k * k * C_in), into a nearly orthogonal one, so that all directions
     of the weight learn at one pace. Times 0.2 sqrt(max(rows, columns)) it is as large as a step of Adam's, so rate and weight
     decay are AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
-    Inside torch.autocast products with the weights take its precision, which is enough for them; the squares are iterated in float32. As in
-    PyTorch's fused optimizers (fused=True), a step changes nothing where `found_inf` is set and 1, so that the host need not wait to know.
+    It computes in whole float32, also inside torch.autocast. As in PyTorch's fused optimizers (fused=True), a step changes nothing where
+    `found_inf` is set and 1, so that the host need not wait to know.
     """
 
     @torch.no_grad()
@@ -93,7 +105,8 @@ class Muon(torch.optim.AdamW):
 
         ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
         # columns in the order that channels-last weights have in memory: nothing is copied
-        updates = orthogonalize([x.permute(0, 2, 3, 1).flatten(1) for x in ahead])
+        with whole_float32(ahead[0].device):
+            updates = orthogonalize([x.permute(0, 2, 3, 1).flatten(1) for x in ahead])
         torch._foreach_mul_(updates, [lr * 0.2 * max(x.shape) ** 0.5 for x in updates])
         torch._foreach_mul_(updates, taken)
         torch._foreach_mul_(parameters, 1 - lr * weight_decay * taken)

@@ -48,23 +48,21 @@ def test_it_is_five_newton_schulz_iterations():
         assert (result - x).abs().max() < 1e-4
 
 
-def test_half_the_precision_is_enough():
-    matrices = torch.randn(2, 16, 40, generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = torch.stack(orthogonalize(matrices.unbind()))
-    exact = torch.stack(orthogonalize(matrices.unbind()))
-    assert 0 < (rough - exact).norm() < 0.03 * exact.norm()
-
-
-def test_half_the_precision_is_enough_in_weak_directions():
-    """Singular values from 1 down to a thousandth."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weak_directions_keep_their_gradient_under_autocast(dtype):
+    """In half precision the rounding errors of strong directions would drown them: a long run ended in a loss that was not finite."""
     u, _, v = torch.linalg.svd(torch.randn(32, 96, generator=torch.Generator().manual_seed(0)), full_matrices=False)
-    matrix = u * torch.logspace(0, -3, 32) @ v
-    with torch.autocast("cpu", torch.bfloat16):
-        rough, = orthogonalize([matrix])
-    exact, = orthogonalize([matrix])
-    assert rough.dtype == torch.float32
-    assert 0 < torch.linalg.matrix_norm(rough - exact, 2) < 0.3
+    gradient = u * torch.logspace(0, -3, 32) @ v
+    changes = []
+    for mixed in (False, True):
+        parameter = torch.zeros(32, 96, 1, 1, requires_grad=True)
+        parameter.grad = gradient[..., None, None].clone()
+        with torch.autocast("cpu", dtype, enabled=mixed):
+            Muon([parameter], lr=0.1).step()
+        changes.append(parameter.detach().flatten(1))
+    assert torch.equal(*changes)
+    along = (-u.mT @ changes[1] @ v.mT).diagonal()
+    assert along.min() > 0.2 * along.max()  # also along the direction whose gradient is a thousandth
 
 
 def test_a_step_is_as_large_as_one_of_adam_in_all_directions():
