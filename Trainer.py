@@ -240,6 +240,18 @@ def evaluating(model):
         nn.Module.train(model, was)
 
 
+class Float32Conv2d(nn.Conv2d):
+    """A convolution that stays in float32 under autocast.
+
+    The first of the pose encoder and the last of the generator are small, and in bf16 a rollout loses up to 0.6 dB by them: BatchNorm's
+    recomputed statistics are those of float32, and rounded frames are fed back (docs/PERFORMANCE.md).
+    """
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 class VAE_Model(nn.Module):
     """The conditional VAE, its training stage, its validation rollout and its checkpoints.
 
@@ -262,6 +274,8 @@ class VAE_Model(nn.Module):
         self.Gaussian_Predictor = Gaussian_Predictor(args.F_dim + args.L_dim, args.N_dim)
         self.Decoder_Fusion = Decoder_Fusion(args.F_dim + args.L_dim + args.N_dim, args.D_out_dim)
         self.Generator = Generator(args.D_out_dim, 3)
+        for layer in (self.label_transformation[1], self.Generator[-1]):
+            layer.__class__ = Float32Conv2d  # the same weights, by the same names
         self.to(args.device, memory_format=torch.channels_last)
         self.mse_criterion = nn.MSELoss()
         self.current_epoch = 0

@@ -187,6 +187,18 @@ def test_a_rollout_is_the_plain_loop_of_the_assignment(sequence):
     assert torch.allclose(model.rollout(img[:, 0], label), torch.stack(frames, 1), atol=1e-5)
 
 
+def test_both_ends_of_the_network_stay_in_float32_in_mixed_precision(window):
+    """BatchNorm's recomputed statistics are those of float32, and a frame that is fed back is not rounded."""
+    img, label = window
+    mixed, whole = moved(build("--precision", "bf16")), moved(build("--precision", "fp32"))
+    with torch.no_grad(), mixed.autocast():
+        assert torch.equal(mixed.label_transformation[:3](label[:, 0]), whole.label_transformation[:3](label[:, 0]))
+        assert mixed.label_transformation(label[:, 0]).dtype == torch.bfloat16  # what lies between is not
+    frames = mixed.rollout(img[:, 0], label)
+    assert (frames != frames.bfloat16()).any()
+    assert mixed.state_dict().keys() == build().state_dict().keys()
+
+
 def test_z_is_drawn_anew_at_every_step(sequence):
     img, label = sequence
     drawn = []
