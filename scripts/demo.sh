@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole lab on drawn data, in about ten minutes on two CPU cores: draw, train, test, check the CSV.
+# The whole lab on drawn data, in six to twelve minutes on two CPU cores: draw, train, test, check the CSV.
 #
 #   bash scripts/demo.sh          everything into ./demo
 #   bash scripts/demo.sh OUT      or into OUT; a second call goes on where the first one stopped
