@@ -97,7 +97,7 @@ class Muon(torch.optim.AdamW):
         for parameter, state in zip(parameters, states):
             if not state:
                 state.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter))
-        torch._foreach_add_([state["step"] for state in states], taken)
+        torch._foreach_add_([state["step"] for state in states], [taken] * len(states))  # one tensor for all would be read back from a GPU
         momenta = [state["exp_avg"] for state in states]
         news = torch._foreach_sub(gradients, momenta)
         torch._foreach_mul_(news, (1 - MOMENTUM) * taken)
