@@ -240,8 +240,17 @@ def evaluating(model):
         nn.Module.train(model, was)
 
 
+@contextmanager
+def enough_memory(flag, instead):
+    """Inside, a GPU without room is a UserError that names the flag, with its value, and what was expected instead."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"{flag}: needs more memory than the device has free; expected {instead}") from None
+
+
 class Float32Conv2d(nn.Conv2d):
-    """A convolution that stays in float32 under autocast.
+    """A convolution that stays in float32 under autocast (on CUDA in TF32, as all of float32 there).
 
     The first of the pose encoder and the last of the generator are small, and in bf16 a rollout loses up to 0.6 dB by them: BatchNorm's
     recomputed statistics are those of float32, and rounded frames are fed back (docs/PERFORMANCE.md).
@@ -439,7 +448,8 @@ class VAE_Model(nn.Module):
         noise = [torch.Generator(device).manual_seed(args.seed + i) for _ in range(count) for i in range(args.rollouts)]
         previous = first.to(device).repeat_interleave(args.rollouts, 0)
         blocks = []
-        with evaluating(self), self.autocast():
+        room = enough_memory(f"--rollouts {args.rollouts}, {count} sequence(s) of {label.shape[-1]}x{label.shape[-2]}", "fewer, or --device cpu")
+        with room, evaluating(self), self.autocast():
             for start in range(1, length, ROLLOUT_BLOCK):
                 # (S, t, 3, H, W) -> (t, S, L_dim, H, W); every sequence as often as it is rolled out
                 poses = label[:, start:start + ROLLOUT_BLOCK].transpose(0, 1).to(device)
@@ -650,7 +660,8 @@ class VAE_Model(nn.Module):
         self.set_up_training()
         self.open_data()
         make_folder(self.args.save_root)
-        with locked(self.args.save_root) if self.rank == 0 else nullcontext(), console.catching_signals(self.note_signal):
+        room = enough_memory(f"--batch_size {self.args.batch_size}", "a smaller one, or --checkpoint_steps for long windows")
+        with room, locked(self.args.save_root) if self.rank == 0 else nullcontext(), console.catching_signals(self.note_signal):
             try:
                 self.begin()
                 while self.current_epoch < self.args.num_epoch:
@@ -664,9 +675,6 @@ class VAE_Model(nn.Module):
                 self.write(["last.ckpt"])
                 say(f"stopped in epoch {self.current_epoch}, saved; go on with: {resume_command()}")
                 raise
-            except torch.OutOfMemoryError:
-                raise UserError(f"--batch_size {self.args.batch_size}: needs more memory than {self.device} has free; expected a smaller one, "
-                                f"or --checkpoint_steps for long windows") from None
             finally:
                 self.__dict__["parallel"] = None  # it holds on to the process group, which would end after its threads
                 self.began = None  # a stage that follows in this process has minutes of its own
@@ -706,12 +714,13 @@ class VAE_Model(nn.Module):
                         self.pool.put(self.generated)
                     self.step += 1
                     self.steps_done += 1
-                    self.seconds = time.monotonic() - began
                     self.scheduler.step()
-                    look = self.device.type == "cpu" or self.steps_done % 20 == 0  # reading a value from a GPU waits for it
+                    # reading a value from a GPU waits for it; at the end of an epoch it must, or its last steps count as validation
+                    look = self.device.type == "cpu" or self.steps_done % 20 == 0 or self.step % steps == 0
                     if look:
                         self.tqdm_bar("train", bar, loss, self.optim.param_groups[0]["lr"], self.step - bar.n)
                         self.stop_if_hopeless()
+                    self.seconds = time.monotonic() - began
                     if look or self.world == 1:
                         self.agree()
                     if self.args.save_every_steps and self.step % self.args.save_every_steps == 0:
@@ -830,7 +839,7 @@ class VAE_Model(nn.Module):
             self.poses = poses[chosen.to(poses.device) if torch.is_tensor(chosen) else chosen]
 
     def compile_networks(self):
-        """torch.compile each network on CUDA; on a CPU it does not pay (docs/PERFORMANCE.md)."""
+        """torch.compile the networks of COMPILED on CUDA; on a CPU it does not pay (docs/PERFORMANCE.md)."""
         args = self.args
         if args.no_compile or self.device.type != "cuda":
             return

@@ -473,3 +473,15 @@ def test_more_than_the_memory_holds(whole, tmp_path, monkeypatch, capfd):
     assert command(Trainer.main, "--DR", whole, "--save_root", tmp_path / "out", *SIZES, "--no_cache") == 2
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("error: --batch_size 4: ") and "--checkpoint_steps" in last
+
+
+@pytest.mark.parametrize("main, sequences", [(Trainer.main, 1), (Tester.main, 2)])
+def test_more_than_the_memory_holds_in_a_rollout(main, sequences, trained, tmp_path, monkeypatch, capfd):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Trainer.VAE_Model, "next_frame", full)
+    out = tmp_path / "out"
+    assert command(main, "--ckpt_path", trained, "--save_root", out, "--rollouts", "3", "--test") == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith(f"error: --rollouts 3, {sequences} sequence(s)")
+    assert not list(out.glob("*"))
