@@ -14,8 +14,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmark import machine  # noqa: E402
@@ -67,7 +65,7 @@ def budget_flags(args, frames_in_data):
 def curve(folder, setting, seed, budget):
     """Rows of COLUMNS from a run's history.csv."""
     frames = seconds = 0.0
-    rows, here = [], machine("cuda" if torch.cuda.is_available() else "cpu")
+    rows, here = [], machine(read_checkpoint(folder / "last.ckpt")["args"]["device"])
     with open(folder / "history.csv", newline="") as file:
         for row in csv.DictReader(file):
             seconds += float(row["seconds"])

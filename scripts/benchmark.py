@@ -43,9 +43,14 @@ from devices import pick_device
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 
 PARTS = ("data", "training", "pool", "rollout", "memory", "growth", "equality")
-DEMO = ["--train_frames", "320", "--sequence_frames", "64"]
+DEMO_FRAMES, DEMO_SEQUENCE = 320, 64  # the least that the demo data hold
 DIMS = dict(F_dim=128, L_dim=32, N_dim=12, D_out_dim=192)
 TINY_DIMS = dict(F_dim=16, L_dim=4, N_dim=4, D_out_dim=16)
+EPOCH = 23_410  # training frames of the course's data
+# how many times as fast as the template's way ours is to be: on a CPU with AVX512-BF16, on any CPU in fp32, on a data center's GPU
+TARGETS = {"bf16": {"data": 50, "teacher forcing": 2.5, "own frames": 2.3, "rollout": 2.3},
+           "fp32": {"data": 50, "teacher forcing": 1.2, "own frames": 1.2, "rollout": 2.3},
+           "cuda": {"data": 50, "teacher forcing": 5, "own frames": 5}}
 
 
 # ---------------------------------------------------------------- the template's way
@@ -151,7 +156,7 @@ def compiled(args, **flags):
     model = our_model(args, **flags)
     torch._dynamo.config.cache_size_limit = 64  # the networks of all parts share one limit
     for name in Trainer.COMPILED:
-        getattr(model, name).compile()
+        getattr(model, name).compile(dynamic=False if model.args.train_vi_len == 2 else None)
     return model
 
 
@@ -185,6 +190,7 @@ class Bench:
         self.peak = None
         self.pairs = list_pairs(root, "train")
         self.count = len(self.pairs[0])
+        self.targets = TARGETS["cuda" if args.device.startswith("cuda") else "fp32" if self.precision == "fp32" else "bf16"]
 
     def windows(self, batch, length, shape=None):
         """Frames and poses (batch, length, 3, H, W), float32 in [0, 1], from the start of the training data, over and over."""
@@ -254,7 +260,8 @@ class Bench:
         a, b = next(iter(template)), next(iter(ours))
         self.extra["batches are equal to the bit"] = all(torch.equal(x, y.cpu()) for x, y in zip(a, b))
         count = len(ours) * args.batch_size * args.train_vi_len
-        self.alternate(f"data: an epoch of {count} frames", {"template": lambda: read(template), "ours": lambda: read(ours)}, count, 50)
+        self.alternate(f"data: an epoch of {count} frames", {"template": lambda: read(template), "ours": lambda: read(ours)}, count,
+                       self.targets["data"])
 
     def training(self):
         """Steps with teacher forcing and without, and the arithmetic in them."""
@@ -264,10 +271,10 @@ class Bench:
         models = {"template": template_model(args, ours), "ours": ours}
         if args.compile:
             models["compiled"] = compiled(args)
-        for forced, name, target in ((True, "teacher forcing", 2.5), (False, "own frames", 2.3)):
+        for forced, name in ((True, "teacher forcing"), (False, "own frames")):
             ways = {who: lambda model=model: model.training_one_step(img, label, forced) for who, model in models.items()}
             row = self.alternate(f"training, {name}, batch {args.batch_size}, window {args.train_vi_len}", ways,
-                                 args.batch_size * (args.train_vi_len - 1), 1.2 if self.precision == "fp32" else target)
+                                 args.batch_size * (args.train_vi_len - 1), self.targets[name])
             self.count_flops(row, models, lambda model: model.training_one_step(img, label, forced))
 
     def pool(self):
@@ -314,7 +321,7 @@ class Bench:
             models["compiled"] = compiled(args)
         ways = {who: lambda model=model: model.rollout(first, label) for who, model in models.items()}
         count = len(first) * (length - 1)
-        row = self.alternate(f"rollout of {len(first)} sequences, {length - 1} frames each", ways, count, 2.3)
+        row = self.alternate(f"rollout of {len(first)} sequences, {length - 1} frames each", ways, count, self.targets.get("rollout"))
         self.count_flops(row, models, lambda model: model.rollout(first, label))
 
     def count_flops(self, row, models, work):
@@ -326,7 +333,7 @@ class Bench:
                 self.peak = {"fp32": matmul_peak(torch.float32, self.args.device)}
             if self.precision != "fp32":
                 self.peak[self.precision] = matmul_peak(kind[self.precision], self.args.device)
-            elif self.args.device.startswith("cuda"):
+            if self.args.device.startswith("cuda"):  # PyTorch's default for convolutions, and so the template's
                 self.peak["tf32"] = matmul_peak(torch.float32, self.args.device)
         for who in ("template", "ours"):
             with FlopCounterMode(display=False) as counter:
@@ -334,8 +341,9 @@ class Bench:
             row["gflop"][who] = counter.get_total_flops() / 1e9
         row["gflop"]["compiled"] = row["gflop"]["ours"]
         for who, median in row["median"].items():
-            peak = self.peak["fp32"] if who == "template" else self.peak.get("tf32") or self.peak[self.precision]
-            row["share_of_peak"][who] = row["gflop"][who] / median / peak
+            kind = "fp32" if who == "template" else self.precision
+            peak = self.peak.get("tf32") if kind == "fp32" else None
+            row["share_of_peak"][who] = row["gflop"][who] / median / (peak or self.peak[kind])
 
     def memory(self):
         """Peak memory that one training step adds, in a fresh process for each (in this one on CUDA)."""
@@ -353,7 +361,7 @@ class Bench:
         return [("template", T)] + [(who, length) for who in ("ours", "ours with --checkpoint_steps") for length in lengths]
 
     def growth(self):
-        """How a step of ours takes longer with batch, window and frame size."""
+        """How a step of ours takes longer with batch, window and frame size, and the batch that trains most frames a second."""
         args = self.args
         model, rows, known = our_model(args), [], {}
         for what, value, (b, t, h, w) in self.sizes():
@@ -361,7 +369,12 @@ class Bench:
                 img, label = self.windows(b, t, (h, w))
                 ways = {f"ours, {name}": lambda forced=forced: model.training_one_step(img, label, forced)
                         for name, forced in (("teacher forcing", True), ("own frames", False))}
-                row = self.alternate(f"growth, batch {b}, window {t}, frame {h}x{w}", ways, runs=max(1, args.runs // 2))
+                try:
+                    row = self.alternate(f"growth, batch {b}, window {t}, frame {h}x{w}", ways, runs=max(1, args.runs // 2))
+                except torch.OutOfMemoryError:
+                    print(f"growth: no room for batch {b}, window {t}, frame {h}x{w}", file=sys.stderr)
+                    model.optim.zero_grad(set_to_none=True)
+                    continue
                 self.timings.remove(row)
                 known[b, t, h, w] = list(row["median"].values())
             rows.append({"what": what, "value": value, "batch": b, "window": t, "frame": f"{h}x{w}", "frames": b * (t - 1),
@@ -369,12 +382,25 @@ class Bench:
         self.extra["growth"] = rows
 
     def sizes(self):
-        """What grows: (name, value, (batch, window, height, width)), around the size that is asked for."""
+        """What grows: (name, value, (batch, window, height, width)), around the size that is asked for; on a GPU far beyond its batch."""
         B, T, H, W = self.args.batch_size, self.args.train_vi_len, self.args.frame_H, self.args.frame_W
-        cases = [("batch", batch, (batch, T, H, W)) for batch in (B // 2, B, 2 * B, 4 * B) if batch]
+        factors = (0.5, 1, 2, 4) + ((8, 16, 32) if self.args.device.startswith("cuda") else ())
+        cases = [("batch", batch, (batch, T, H, W)) for batch in (int(B * factor) for factor in factors) if batch]
         cases += [("window", length, (B, length, H, W)) for length in sorted({2, T // 4, T // 2, T, 2 * T} - {0, 1})]
         cases += [("frame", f"{h}x{w}", (B, T, h, w)) for h, w in ((H // 2, W // 2), (H, W), (2 * H, 2 * W))]
         return cases
+
+    def best_batch(self):
+        """The lines that say which batch trains most frames a second, and how many times the template's at the benchmark's own batch."""
+        lines, batches = [], [row for row in self.extra["growth"] if row["what"] == "batch"]
+        for name in ("teacher forcing", "own frames") if batches else ():
+            best = max(batches, key=lambda row: row["frames"] / row[name])
+            rate = best["frames"] / best[name]
+            lines.append(f"Most frames a second, {name}: {rate:.1f} at batch {best['batch']}; an epoch of {EPOCH:,} frames takes {EPOCH / rate:,.1f} s.")
+            theirs = next((row for row in self.timings if row["name"].startswith(f"training, {name}")), None)
+            if theirs:
+                lines[-1] += f" {rate * theirs['median']['template'] / theirs['frames']:.2f} times the template's way at batch {self.args.batch_size}."
+        return lines
 
     def equality(self):
         """Losses, gradients and frames of both ways in float32, with BatchNorm on running statistics and the same noise."""
@@ -461,7 +487,8 @@ def memory_of(args, who, length):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(args.device)
     before = torch.cuda.memory_allocated(args.device) / 1e6 if cuda else highest_memory()
-    model.training_one_step(img, label, False)
+    with plain_cuda():  # trying out convolutions takes memory of its own
+        model.training_one_step(img, label, False)
     return (torch.cuda.max_memory_allocated(args.device) / 1e6 if cuda else highest_memory()) - before
 
 
@@ -528,6 +555,7 @@ def markdown(bench):
         lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
         lines += [f"| {row['what']} {row['value']} | {row['batch']} | {row['window']} | {row['frame']} | {row['teacher forcing']:.3g} | {row['own frames']:.3g} "
                   f"| {1e3 * row['teacher forcing'] / row['frames']:.3g} | {1e3 * row['own frames'] / row['frames']:.3g} |" for row in extra["growth"]]
+        lines += ["", *bench.best_batch()]
     if "equality" in extra:
         lines += ["", "| equality in fp32, BatchNorm on running statistics | relative difference |", "| --- | --- |"]
         lines += [f"| {name} | {value:.1e} |" for name, value in extra["equality"].items()]
@@ -544,12 +572,12 @@ def build_parser():
     parser.add_argument("--DR", metavar="DIR", help="data folder (None: demo data are drawn into a temporary folder)")
     parser.add_argument("--device", type=device_name, metavar="DEVICE", help="cuda, cuda:N or cpu (None: cuda where there is one, else cpu)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="ours; the template's way is always fp32")
-    parser.add_argument("--compile", action="store_true", help="also time ours with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also time ours with torch.compile (always on CUDA, where Trainer.py compiles)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="parts to run: " + ", ".join(PARTS))
     parser.add_argument("--runs", type=number(int, 1, 1000), default=5, metavar="N", help="timed runs of each, alternating")
     parser.add_argument("--batch_size", type=number(int, 1, 4096), default=2, metavar="N", help="windows a step")
     parser.add_argument("--train_vi_len", type=number(int, 4, 1024), default=16, metavar="N", help="frames of a window")
-    parser.add_argument("--rollout_frames", type=number(int, 1, 10_000), default=32, metavar="N", help="frames to predict of each test sequence")
+    parser.add_argument("--rollout_frames", type=number(int, 1, 10_000), metavar="N", help="frames to predict of each test sequence (None: 32, on CUDA all 629)")
     parser.add_argument("--frame_H", type=number(int, 8, 4096), default=32, metavar="N", help="height of a frame")
     parser.add_argument("--frame_W", type=number(int, 8, 4096), default=64, metavar="N", help="width of a frame")
     parser.add_argument("--json", metavar="FILE", help="also write every single time into this file")
@@ -573,6 +601,8 @@ def measure(args, root, folder):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     args.device = str(pick_device(args.device))
+    cuda = args.device.startswith("cuda")
+    args.compile, args.rollout_frames = args.compile or cuda, args.rollout_frames or (629 if cuda else 32)
     for name, value in (TINY_DIMS if args.quick else DIMS).items():
         setattr(args, name, value)
     if args.quick:
@@ -584,8 +614,9 @@ def main(argv=None):
         root = args.DR
         if root is None:
             root = str(Path(folder) / "demo")
-            size = ["--train_frames", "64", "--sequence_frames", "6"] if args.quick else DEMO
-            subprocess.run([sys.executable, str(ROOT / "scripts" / "make_demo_data.py"), root, *size], check=True, stdout=sys.stderr)
+            train, sequence = (64, 6) if args.quick else (DEMO_FRAMES, max(DEMO_SEQUENCE, args.rollout_frames + 1))
+            subprocess.run([sys.executable, str(ROOT / "scripts" / "make_demo_data.py"), root, "--train_frames", str(train),
+                            "--sequence_frames", str(sequence)], check=True, stdout=sys.stderr)
         bench = measure(args, root, folder)
         print("\n".join(markdown(bench)))
     if args.json:

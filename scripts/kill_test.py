@@ -1,6 +1,6 @@
 """Prove that a run which is killed and resumed ends with the same bits as one that was never stopped.
 
-    python scripts/kill_test.py                    # 20 kills, six minutes on two cores
+    python scripts/kill_test.py                    # 20 kills, six to eight minutes on two cores
     python scripts/kill_test.py --kills 3 --seed 7
 
 For each variant of training a reference run goes through unharmed. Then, in turn: start the run again, SIGKILL it at a

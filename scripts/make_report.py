@@ -319,7 +319,7 @@ def player_data(runs, layouts, sheets, names):
 def build_blocks(runs, figures, left_out, player_note):
     """The report as blocks (kind, content), which to_markdown and to_html write out.
 
-    Kinds: h2, h3, p, list, table, figure (name, caption), code (places), analysis (key), player.
+    Kinds: h2, h3, p, table, wide table, figure (name, caption), code (places), analysis (key), player.
     """
     blocks = []
     add = lambda kind, content: blocks.append((kind, content))
