@@ -45,6 +45,16 @@ def give_gradients(model):
         weight.grad = torch.empty_like(weight)
 
 
+@pytest.fixture(autouse=True)
+def values_are_not_needed():
+    """Skips where PyTorch asks the driver for the device of a tensor without values, as 2.6 does."""
+    try:
+        with FakeTensorMode():
+            torch.ones(2, 3, 4, 4, device="cuda").contiguous(memory_format=torch.channels_last)
+    except RuntimeError as error:
+        pytest.skip(f"this PyTorch needs a GPU for it: {str(error).splitlines()[0]}")
+
+
 @pytest.mark.parametrize("flags", [[], ["--optim", "AdamW"], ["--train_vi_len", "4"], ["--recipe", "template", "--train_vi_len", "4"]])
 def test_a_step_reads_nothing_back_from_the_gpu(flags, monkeypatch):
     model = Trainer.VAE_Model(Trainer.build_parser().parse_args([*TINY, *flags]))
