@@ -233,19 +233,16 @@ class Frames:
         return tuple(to_float(pictures.index_select(0, rows)).unflatten(0, index.shape) for pictures in (self.imgs, self.labels))
 
     def windows(self, starts, length):
-        """The windows of `length` frames that begin at `starts`, with their poses: as `take`, and faster."""
-        shape, device = (len(starts), length, *self.imgs.shape[1:]), self.imgs.device
-        imgs, labels = torch.empty(shape, device=device), torch.empty(shape, device=device)
-        for img, label, start in zip(imgs.unbind(), labels.unbind(), starts):  # one at a time stays in a CPU's cache
-            to_float(self.imgs[start:start + length], img)
-            to_float(self.labels[start:start + length], label)
-        return imgs, labels
+        """The windows of `length` frames that begin at `starts`, a list, with their poses: as `take`, and faster where they touch."""
+        first, end = starts[0], starts[0] + len(starts) * length
+        if starts == list(range(first, end, length)):
+            return tuple(to_float(pictures[first:end]).unflatten(0, (len(starts), length)) for pictures in (self.imgs, self.labels))
+        return self.take(torch.tensor(starts)[:, None] + torch.arange(length))
 
 
-def to_float(pictures, out=None):
-    """uint8 to float32 in [0, 1], bit for bit as ToTensor does it on the CPU; written into `out` where it is given."""
-    out = torch.empty(pictures.shape, device=pictures.device) if out is None else out
-    return out.copy_(pictures).div_(_white(out.device))
+def to_float(pictures):
+    """uint8 to float32 in [0, 1], bit for bit as ToTensor does it on the CPU."""
+    return torch.empty(pictures.shape, device=pictures.device).copy_(pictures).div_(_white(pictures.device))
 
 
 @functools.cache
