@@ -838,22 +838,25 @@ class VAE_Model(nn.Module):
                 chosen = slice(None)
             self.poses = poses[chosen.to(poses.device) if torch.is_tensor(chosen) else chosen]
 
+    def mark_for_compiling(self):
+        """Have torch.compile take the networks of COMPILED when they are next called."""
+        torch._dynamo.config.cache_size_limit = 64  # the networks share one limit, training and rollout too
+        for name in COMPILED:  # few sizes come up with windows of 2; kernels that are for any size are slower
+            getattr(self, name).compile(dynamic=False if self.args.train_vi_len == 2 else None)
+
     def compile_networks(self):
         """torch.compile the networks of COMPILED on CUDA; on a CPU it does not pay (docs/PERFORMANCE.md)."""
         args = self.args
         if args.no_compile or self.device.type != "cuda":
             return
         say("compiling the networks (off with --no_compile)")
-        networks = [getattr(self, name) for name in COMPILED]
         state = copy.deepcopy(self.training_state())
         settings = torch._dynamo.config
-        settings.cache_size_limit = 64    # the networks share one limit, training and rollout too
-        settings.optimize_ddp = False     # gradients of 6 MB need no graph split for their sake
+        settings.optimize_ddp = False  # gradients of 6 MB need no graph split for their sake
         # no gradients are exchanged meanwhile: compiling may fail on one rank alone
         parallel, self.__dict__["parallel"], problem = self.parallel, None, None
         try:
-            for network in networks:  # few sizes come up with windows of 2; kernels that are for any size are slower
-                network.compile(dynamic=False if args.train_vi_len == 2 else None)
+            self.mark_for_compiling()
             shape = (args.batch_size, args.train_vi_len, 3, args.frame_H, args.frame_W)
             for taught in (True, False) if args.train_vi_len > 2 else (True,):
                 self.training_one_step(torch.rand(shape), torch.rand(shape), taught)
@@ -865,8 +868,8 @@ class VAE_Model(nn.Module):
             problem = type(error).__name__
         self.__dict__["parallel"] = parallel
         if self.on_any_rank(int(problem is not None)):
-            for network in networks:
-                network._compiled_call_impl = None
+            for name in COMPILED:
+                getattr(self, name)._compiled_call_impl = None
             say(f"torch.compile does not work here ({problem or 'on another rank'}): going on without it")
         else:
             settings.suppress_errors = True  # what is compiled later falls back by itself

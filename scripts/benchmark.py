@@ -154,9 +154,7 @@ def template_model(args, model):
 def compiled(args, **flags):
     """Our model with its networks compiled, as Trainer.py does it on CUDA."""
     model = our_model(args, **flags)
-    torch._dynamo.config.cache_size_limit = 64  # the networks of all parts share one limit
-    for name in Trainer.COMPILED:
-        getattr(model, name).compile(dynamic=False if model.args.train_vi_len == 2 else None)
+    model.mark_for_compiling()
     return model
 
 
@@ -341,9 +339,10 @@ class Bench:
             row["gflop"][who] = counter.get_total_flops() / 1e9
         row["gflop"]["compiled"] = row["gflop"]["ours"]
         for who, median in row["median"].items():
-            kind = "fp32" if who == "template" else self.precision
-            peak = self.peak.get("tf32") if kind == "fp32" else None
-            row["share_of_peak"][who] = row["gflop"][who] / median / (peak or self.peak[kind])
+            used = "fp32" if who == "template" else self.precision
+            if used == "fp32" and "tf32" in self.peak:
+                used = "tf32"
+            row["share_of_peak"][who] = row["gflop"][who] / median / self.peak[used]
 
     def memory(self):
         """Peak memory that one training step adds, in a fresh process for each (in this one on CUDA)."""
