@@ -19,6 +19,7 @@ import signal
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -206,7 +207,8 @@ def cached(paths, frame_H, frame_W, folder, workers=4, desc="decoding"):
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}; expected room for the frame cache, another --cache_dir, or --no_cache") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # a path that can't be there has nothing to remove either
+            aside.unlink()
 
 
 class Frames:
@@ -333,6 +335,19 @@ def _quiet(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@contextmanager
+def no_signals():
+    """Inside, Ctrl-C and SIGTERM wait, for good in processes that are started there."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class PictureLoader(DataLoader):
     """A DataLoader whose workers' UserErrors arrive as they were raised, not inside a traceback."""
 
@@ -342,7 +357,9 @@ class PictureLoader(DataLoader):
 
     def __iter__(self):
         try:
-            yield from super().__iter__()
+            with no_signals():  # one that came between a worker's start and `_quiet` would end it
+                batches = super().__iter__()
+            yield from batches
         except UserError as error:
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
