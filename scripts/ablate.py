@@ -10,6 +10,7 @@ taken up again.
 """
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmark import machine  # noqa: E402
-from console import Parser, UserError, number, progress, run, say  # noqa: E402
+from console import OF_THE_MACHINE, Parser, UserError, number, progress, run, say  # noqa: E402
 from dataloader import list_pairs  # noqa: E402
-from records import read_checkpoint  # noqa: E402
+from records import make_folder, read_checkpoint  # noqa: E402
+from Trainer import build_parser as build_trainer_parser  # noqa: E402
 
 # name: the flags in which a setting differs from the default recipe, without --fast_train
 SETTINGS = {
@@ -76,29 +78,53 @@ def curve(folder, setting, seed, budget):
     return rows
 
 
-def done(folder):
-    """Whether a run's last epoch is behind it."""
+def done(folder, flags):
+    """Whether a run's last epoch is behind it. UserError where the run there has other flags than these."""
     last = folder / "last.ckpt"
     if not last.exists():
         return False
-    checkpoint = read_checkpoint(last)
-    return checkpoint["last_epoch"] + 1 >= checkpoint["args"]["num_epoch"]
+    checkpoint, wanted = read_checkpoint(last), build_trainer_parser().parse_args(flags)
+    try:
+        ran = {name: checkpoint["args"][name] for name in checkpoint["resume"]["given"]}
+        over = checkpoint["last_epoch"] + 1 >= checkpoint["args"]["num_epoch"]
+    except (KeyError, TypeError):
+        raise UserError(f"{last}: is no checkpoint of a run of ours; expected OUT to be a folder of its own") from None
+    for name in sorted({*ran, *wanted.given} - OF_THE_MACHINE - {"DR"}):
+        if name not in ran or name not in wanted.given or ran[name] != getattr(wanted, name):
+            raise UserError(f"OUT {folder.parent}: {folder.name} there ran with another --{name}; expected another OUT, and a --csv of its own")
+    return over
+
+
+def read_results(path):
+    """The rows of the CSV of results; none where it is not there yet. UserError where it is another kind of file, or its folder can't be written."""
+    make_folder(path.parent, "--csv")
+    if not os.path.lexists(path):
+        return []
+    try:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"--csv {path}: {getattr(error, 'strerror', None) or 'is no table'}; expected a CSV of results") from None
+    if reader.fieldnames and tuple(reader.fieldnames) != COLUMNS:
+        raise UserError(f"--csv {path}: has other columns; expected {','.join(COLUMNS)}")
+    return rows
 
 
 def append(path, rows):
     """Add a run's rows to the CSV of results, its header first where it is new; nothing where the run is there already."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not new:
-        with open(path, newline="") as file:
-            key = lambda row: tuple(str(row[column]) for column in ("setting", "seed", "budget", "machine"))
-            if key(rows[0]) in map(key, csv.DictReader(file)):
-                return
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    there = read_results(path)
+    key = lambda row: tuple(str(row[column]) for column in ("setting", "seed", "budget", "machine"))
+    if key(rows[0]) in map(key, there):
+        return
+    try:
+        with open(path, "a", newline="") as file:  # two of these may run at once
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if not file.tell():
+                writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise UserError(f"--csv {path}: {error.strerror}; expected a file that can be written") from None
 
 
 def build_parser():
@@ -122,13 +148,15 @@ def main(argv=None):
     if (args.frames is None) == (args.minutes is None):
         raise UserError("--frames or --minutes: expected exactly one of them")
     budget, name = budget_flags(args, len(list_pairs(args.data, "train")[0]))
+    read_results(args.csv)
     runs = [(setting, seed) for setting in args.settings or SETTINGS for seed in args.seeds]
     results = []
     for setting, seed in progress(runs, desc="runs", unit="run"):
         folder = Path(args.out) / f"{setting}_s{seed}_{name}"
-        if not done(folder):
-            command = [sys.executable, str(ROOT / "Trainer.py"), "--DR", args.data, "--save_root", str(folder), "--seed", str(seed),
-                       "--resume", *budget, *(flag for name in setting.split("+") for flag in SETTINGS[name]), *flags]
+        command = ["--DR", args.data, "--save_root", str(folder), "--seed", str(seed), "--resume", *budget,
+                   *(flag for name in setting.split("+") for flag in SETTINGS[name]), *flags]
+        if not done(folder, command):
+            command = [sys.executable, str(ROOT / "Trainer.py"), *command]
             status = subprocess.run(command).returncode
             if status:
                 say(f"{folder}: the run did not end well: status {status} from {' '.join(command[1:])}")

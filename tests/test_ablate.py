@@ -38,3 +38,23 @@ def test_errors(tiny_data, tmp_path, capfd):
         err = capfd.readouterr().err
         assert named in err and "Traceback" not in err
     assert not (tmp_path / "ablation.csv").exists()
+
+
+def test_runs_of_other_flags_are_not_taken_for_these(tiny_data, tmp_path, capfd):
+    words = [tiny_data, tmp_path / "runs", "pool", "--frames", 32, "--points", 1, "--csv", tmp_path / "ablation.csv", *SIZES]
+    assert in_process(ablate.main, *words) == 0
+    table = (tmp_path / "ablation.csv").read_text()
+    for more, flag in ((["--lr", "1e-6"], "--lr"), (["--points", 2], "--num_epoch")):
+        assert in_process(ablate.main, *words, *more) == 2
+        err = capfd.readouterr().err
+        assert flag in err and "pool_s0_32frames" in err and "Traceback" not in err
+    assert (tmp_path / "ablation.csv").read_text() == table
+
+
+def test_a_table_that_cannot_be_added_to_is_said_before_the_runs(tiny_data, tmp_path, capfd):
+    (tmp_path / "file").write_text("setting,psnr\npool,30\n")
+    for path in (tmp_path, tmp_path / "file", tmp_path / "file" / "in.csv"):
+        assert in_process(ablate.main, tiny_data, tmp_path / "runs", "pool", "--frames", 32, "--csv", path, *SIZES) == 2
+        err = capfd.readouterr().err
+        assert "--csv" in err and "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
