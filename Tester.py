@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import DataLoader
 
 import console
-from console import Stopped, UserError, progress
-from dataloader import Dataset_Dance, cache_folder, cached, frame_transform, to_float
+import dataloader
+from console import UserError, progress
+from dataloader import cache_folder, cached, frame_transform, to_float
 from records import atomic, check_save_root, make_folder
 from Trainer import VAE_Model, adopt_settings, require
 
@@ -46,7 +47,6 @@ def check_submission(path, sequences, frames, values):
     rows = sequences * frames
     header = ",".join(["id", *map(str, range(values))]).encode()
     longest = max(len(header), 24 + 4 * values) + 2  # a longer line has too many columns; never read more of it
-    pixels = np.empty((rows, values), dtype=np.uint8)
 
     def shown(field):
         return repr(field[:24].decode("utf-8", "replace")) + ("..." if len(field) > 24 else "")
@@ -78,6 +78,7 @@ def check_submission(path, sequences, frames, values):
                 first = next((i for i, (a, b) in enumerate(zip(found, header.split(b","))) if a != b), None)
                 what = f"has {len(found)} columns" if first is None else f"has {shown(found[first])} as column {first + 1}"
                 fail(1, f"the header {what}, expected id,0,1,...,{values - 1} ({values + 1} columns)")
+            pixels = np.empty((rows, values), dtype=np.uint8)
             for row in progress(range(rows), desc="checking", unit="row", leave=False, delay=1):
                 line = row + 2
                 raw, content = next_line()
@@ -108,6 +109,13 @@ def check_submission(path, sequences, frames, values):
 
 # ---------------------------------------------------------------- the model that is tested
 
+class Dataset_Dance(dataloader.Dataset_Dance):
+    """The test sequences: by default what the template's class of this name in Tester.py gives."""
+
+    def __init__(self, root, transform, mode="test", video_len=7, partial=1.0):
+        super().__init__(root, transform, mode, video_len, partial)
+
+
 class Test_model(VAE_Model):
     """A VAE_Model that rolls out the test sequences: its `eval` writes the submission and the GIFs into save_root."""
 
@@ -118,7 +126,7 @@ class Test_model(VAE_Model):
     def val_dataloader(self):
         """The test sequences one by one: first frame (1, 1, 3, H, W) and poses (1, val_vi_len, 3, H, W)."""
         args = self.args
-        dataset = Dataset_Dance(args.DR, frame_transform(args.frame_H, args.frame_W), "test", args.val_vi_len)
+        dataset = Dataset_Dance(args.DR, frame_transform(args.frame_H, args.frame_W), video_len=args.val_vi_len)
         for _, labels in dataset.sequences:
             if len(labels) != args.val_vi_len:
                 raise UserError(f"{labels[0].parent}: holds {len(labels)} poses; expected {args.val_vi_len} (--val_vi_len)")
@@ -195,11 +203,6 @@ def build_parser():
     return parser
 
 
-def stop(number):
-    """Ctrl-C and SIGTERM end the command the way an error does, so that nothing half-written is left."""
-    raise Stopped(number)
-
-
 def main(argv=None):
     args = build_parser().parse_args(argv)
     require(args, "ckpt_path")
@@ -208,7 +211,7 @@ def main(argv=None):
     if args.save_root is None:
         args.save_root = str(Path(args.ckpt_path).parent / "test")
     check_save_root(args.save_root)
-    with console.catching_signals(stop):
+    with console.catching_signals(console.stop):
         model = Test_model(args)
         model.load_checkpoint()
         console.say(f"{args.device}, {model.precision_reason}")

@@ -37,8 +37,8 @@ from dataloader import Dataset_Dance, Frames, PictureLoader, WindowLoader, decod
 from devices import has_bf16, pick_device, pick_precision
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 from muon import Muon, is_matrix
-from records import (HISTORY, NETWORKS, check_save_root, load_weights, locked, log_to_tensorboard, make_folder, open_tensorboard,
-                     optimizer_fits, plot_psnr, read_checkpoint, set_aside, sizes, sweep_leftovers, write_checkpoint, write_csv, write_gif)
+from records import (HISTORY, NETWORKS, check_save_root, is_latest_in, load_weights, locked, log_to_tensorboard, make_folder, optimizer_fits,
+                     plot_psnr, read_checkpoint, set_aside, sizes, sweep_leftovers, tensorboard_writer, write_checkpoint, write_csv, write_gif)
 
 CLIP_NORM = 1.0           # gradient norm, the template's
 FAST_LR = 1.5             # how much larger --fast_train's learning rate is, unless --lr is given
@@ -117,11 +117,8 @@ class kl_annealing:
     def frange_cycle_linear(n_iter, start=0.0, stop=1.0, n_cycle=1, ratio=1):
         """n_iter values: in each of n_cycle cycles the first `ratio` climbs from start to stop, the rest is stop."""
         period = n_iter / n_cycle
-        values = []
-        for i in range(n_iter):
-            cycle_start = max(int(c * period) for c in range(math.ceil(n_cycle)) if int(c * period) <= i)
-            values.append(start + (stop - start) * min(1.0, (i - cycle_start) / (period * ratio)))
-        return values
+        starts = [int(c * period) for c in range(math.ceil(n_cycle))] + [n_iter]
+        return [start + (stop - start) * min(1.0, i / (period * ratio)) for first, end in zip(starts, starts[1:]) for i in range(end - first)]
 
 
 def teacher_forcing_ratio(args, epoch):
@@ -133,7 +130,7 @@ def learning_rate_factor(args, epoch, done):
     """What the learning rate is multiplied with. done: the share of the run that is over, in [0, 1]."""
     if args.schedule == "step":  # the template's MultiStepLR
         factor = 0.1 ** sum(epoch >= milestone for milestone in (2, 5))
-    else:  # cosine with warm-up (Loshchilov & Hutter 2017)
+    else:  # cosine with warm-up (Loshchilov & Hutter 2017), from a twentieth: the first step must not be for nothing
         warm_up = min(WARM_UP, 0.1 / args.num_epoch * min(1.0, data_share(args, 0) / data_share(args, args.num_epoch - 1)))
         factor = min(1.0, done / warm_up + 0.05) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     if args.fast_train and epoch < args.fast_train_epoch and "lr" not in args.given:
@@ -174,6 +171,8 @@ class RolloutPool:
         """
         lanes = torch.randperm(len(self.position), generator=self.generator)[:batch_size]
         position = torch.where(teacher, self.random_positions(batch_size), self.position[lanes])
+
+        # the frames to predict: those that follow in the clip, or any others of it
         clip = torch.searchsorted(self.clips, position, right=True)
         first, last = self.clips[clip - 1], (self.clips[clip] - length + 1).clamp(min=self.clips[clip - 1])
         anywhere = first + (torch.rand(batch_size, generator=self.generator) * (last - first + 1)).long()
@@ -182,6 +181,7 @@ class RolloutPool:
         # a clip shorter than a window repeats its last frame
         index = torch.minimum(start[:, None] + torch.arange(length - 1), self.clips[clip][:, None] - 1)
 
+        # the past frame: ground truth where a lane restarts, else what was generated there
         there = self.pictures.device
         self.lanes, self.lanes_there, self.arrived = lanes, lanes.to(there, non_blocking=True), index[:, -1]
         self.history = torch.where(teacher.view(-1, 1, 1, 1).to(there, non_blocking=True), self.dataset.take(position)[0],
@@ -242,10 +242,12 @@ def evaluating(model):
 
 @contextmanager
 def enough_memory(flag, instead):
-    """Inside, a GPU without room is a UserError that names the flag, with its value, and what was expected instead."""
+    """Inside, a device without room is a UserError that names the flag, with its value, and what was expected instead."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: can't allocate memory" not in str(error):
+            raise
         raise UserError(f"{flag}: needs more memory than the device has free; expected {instead}") from None
 
 
@@ -268,24 +270,35 @@ class VAE_Model(nn.Module):
     the template's way. UserError for a device that is not there and for values that can't be.
     """
 
-    # for subclasses that never run __init__ but build the five networks themselves, as the template's Tester does
-    current_epoch, step, steps_done = 0, 0, 0
-    ema = pool = parallel = poses = clock = board = restored = bar = stop_signal = train_frames = began = fitted_epochs = None
-    best_psnr, rank, world, agreed = -math.inf, 0, 1, 0
+    # here, not in __init__: subclasses may never run it but build the five networks themselves, as the template's Tester does
+    current_epoch = 0
+    step = steps_done = 0           # in this epoch, and in the whole run
+    best_psnr = -math.inf
+    ema = None                      # averaged weights by name
+    pool = None                     # the RolloutPool
+    poses = None                    # the training poses that BatchNorm's statistics are recomputed over
+    train_frames = None             # how many the data hold
+    restored = None                 # a checkpoint's training state, until training goes on from it
+    began = clock = None            # when the command began, and the Clock of --max_minutes
+    fitted_epochs = None            # num_epoch of the stopped run that goes on
+    bar = board = None              # tqdm's bar, TensorBoard's writer
+    rank, world, parallel = 0, 1, None  # torchrun's, and DistributedDataParallel around the model
+    stop_signal, agreed = None, 0   # the signal that came here, and the one that all ranks know of
 
     def __init__(self, args):
         super().__init__()
         self.args = args
         args.device = str(pick_device(args.device))
         torch.manual_seed(args.seed)
-        self.frame_transformation = RGB_Encoder(3, args.F_dim)
-        self.label_transformation = Label_Encoder(3, args.L_dim)
-        self.Gaussian_Predictor = Gaussian_Predictor(args.F_dim + args.L_dim, args.N_dim)
-        self.Decoder_Fusion = Decoder_Fusion(args.F_dim + args.L_dim + args.N_dim, args.D_out_dim)
-        self.Generator = Generator(args.D_out_dim, 3)
-        for layer in (self.label_transformation[1], self.Generator[-1]):
-            layer.__class__ = Float32Conv2d  # the same weights, by the same names
-        self.to(args.device, memory_format=torch.channels_last)
+        with enough_memory(f"--F_dim {args.F_dim}, --L_dim {args.L_dim}, --N_dim {args.N_dim}, --D_out_dim {args.D_out_dim}", "smaller ones"):
+            self.frame_transformation = RGB_Encoder(3, args.F_dim)
+            self.label_transformation = Label_Encoder(3, args.L_dim)
+            self.Gaussian_Predictor = Gaussian_Predictor(args.F_dim + args.L_dim, args.N_dim)
+            self.Decoder_Fusion = Decoder_Fusion(args.F_dim + args.L_dim + args.N_dim, args.D_out_dim)
+            self.Generator = Generator(args.D_out_dim, 3)
+            for layer in (self.label_transformation[1], self.Generator[-1]):
+                layer.__class__ = Float32Conv2d  # the same weights, by the same names
+            self.to(args.device, memory_format=torch.channels_last)
         self.mse_criterion = nn.MSELoss()
         self.current_epoch = 0
         self.train_vi_len, self.val_vi_len, self.batch_size = args.train_vi_len, args.val_vi_len, args.batch_size
@@ -402,7 +415,7 @@ class VAE_Model(nn.Module):
         return loss.detach()
 
     def optimizer_step(self):
-        """Clip the gradient's norm and step; a non-finite gradient skips the step. Returns whether it was finite, a tensor."""
+        """Clip the gradient's norm, step, and move the averaged weights; a non-finite gradient skips the step. Returns whether it was finite, a tensor."""
         self.scaler.unscale_(self.optim)
         finite = nn.utils.clip_grad_norm_(self.parameters(), CLIP_NORM).isfinite()
         if self.scaler.is_enabled():
@@ -414,7 +427,7 @@ class VAE_Model(nn.Module):
         elif finite:
             self.optim.step()
         if self.ema is not None:
-            decay = min(self.args.ema, (1 + self.steps_done) / (10 + self.steps_done))  # short runs forget their start
+            decay = min(self.args.ema, (1 + self.steps_done) / (10 + self.steps_done))  # short runs forget their start (TensorFlow's num_updates)
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters()], 1 - decay)
         return finite
 
@@ -629,11 +642,11 @@ class VAE_Model(nn.Module):
             return
         for _ in range(skip, self.steps_in(self.current_epoch)):
             flags = self.toss(args.train_vi_len)
-            lanes = self.toss(args.batch_size, counted=True)
+            lanes = self.toss(args.batch_size, all_count=True)
             img, label = self.pool.draw(args.batch_size, args.train_vi_len, args.next_share, lanes)
             yield img, label, flags
 
-    def toss(self, count, counted=False):
+    def toss(self, count, all_count=False):
         """`count` coins that come up ground truth with chance tfr: bool (count,), one toss an epoch, a batch, or each."""
         if self.args.tf_coin == "frame":
             coins = torch.rand(count, generator=self.coins)
@@ -642,8 +655,8 @@ class VAE_Model(nn.Module):
         else:
             coins = torch.full((count,), self.epoch_coin)
         taught = coins < self.tfr
-        # the first frame of a window has no history and the second one's is given, unless a pool gives it
-        tossed = taught if counted else taught[2:]
+        # tf_share: the first frame of a window has no history and the second one's is given, unless a pool gives it
+        tossed = taught if all_count else taught[2:]
         self.taught += int(tossed.sum())
         self.tossed += len(tossed)
         return taught
@@ -658,7 +671,8 @@ class VAE_Model(nn.Module):
         """
         self.began = self.began or time.monotonic()
         self.set_up_training()
-        self.open_data()
+        with console.catching_signals(console.stop):
+            self.open_data()
         make_folder(self.args.save_root)
         room = enough_memory(f"--batch_size {self.args.batch_size}", "a smaller one, or --checkpoint_steps for long windows")
         with room, locked(self.args.save_root) if self.rank == 0 else nullcontext(), console.catching_signals(self.note_signal):
@@ -669,7 +683,7 @@ class VAE_Model(nn.Module):
                     began = time.monotonic()
                     psnr = self.validate()
                     if self.clock:
-                        self.clock.leave(self.from_rank_0(time.monotonic() - began))
+                        self.clock.set_aside(self.from_rank_0(time.monotonic() - began))
                     self.end_epoch(psnr)
             except Stopped:
                 self.write(["last.ckpt"])
@@ -738,7 +752,7 @@ class VAE_Model(nn.Module):
         if best:
             self.best_psnr = psnr
         if self.rank == 0:
-            self.record(epoch, psnr, best)
+            line = self.record(epoch, psnr, best)
         self.current_epoch, self.step = epoch + 1, 0
         self.kl_annealing.update()
         self.teacher_forcing_ratio_update()
@@ -749,9 +763,11 @@ class VAE_Model(nn.Module):
             self.args.num_epoch = self.current_epoch
         names = ["best.ckpt"] * best + [f"epoch={epoch}.ckpt"] * (epoch % self.args.per_save == 0) + ["last.ckpt"]
         self.write(names)
+        if self.rank == 0:
+            say(line)
 
     def record(self, epoch, psnr, best):
-        """The epoch's row in history.csv, a line, and the pictures of the best epoch (of every epoch if wanted)."""
+        """The epoch's row in history.csv, and the pictures of the best epoch (of every epoch if wanted). Returns a line that says it."""
         loss, mse, kl, taken, skipped = self.totals.tolist()
         taken = max(1, taken)
         frames = self.step * self.args.batch_size * (self.args.train_vi_len - 1) * self.world
@@ -768,19 +784,15 @@ class VAE_Model(nn.Module):
             self.write_validation(root / f"epoch={epoch}_psnr.png", root / f"epoch={epoch}_pred.gif")
         if self.board:
             log_to_tensorboard(self.board, row, root / "val_pred.gif" if best else None)
-        say(f"epoch {epoch}: lr {row['lr']:.2e}, tfr {self.tfr:.3f}, beta {row['beta']:.2f}, loss {row['train_loss']:.5f} "
-            f"(mse {row['train_mse']:.5f}, kl {row['train_kl']:.1f}), validation PSNR mean {psnr:.2f} min {row['val_psnr_min']:.2f} "
-            f"last {row['val_psnr_last']:.2f} dB, {row['frames_per_second']:.1f} frames/s" + (", best" if best else ""))
+        return (f"epoch {epoch}: lr {row['lr']:.2e}, tfr {self.tfr:.3f}, beta {row['beta']:.2f}, loss {row['train_loss']:.5f} "
+                f"(mse {row['train_mse']:.5f}, kl {row['train_kl']:.1f}), validation PSNR mean {psnr:.2f} min {row['val_psnr_min']:.2f} "
+                f"last {row['val_psnr_last']:.2f} dB, {row['frames_per_second']:.1f} frames/s" + (", best" if best else ""))
 
     def begin(self):
         """Ready the first step: state of a checkpoint or a fresh start, averages, the other ranks, the clock."""
         args = self.args
-        goes_on_here = self.steps_done or args.ckpt_path and Path(args.ckpt_path).parent.resolve() == Path(args.save_root).resolve()
-        aside = set_aside(args.save_root) if self.rank == 0 and not goes_on_here else None
-        if aside:
-            say(f"--save_root {args.save_root}: the run that was here is in {aside} now; --save_root {aside} --resume goes on with it")
-        if args.tensorboard and self.rank == 0:
-            self.board = open_tensorboard(args.save_root)
+        # from an earlier checkpoint another line of epochs begins, and the best one of this line must not be lost to it
+        goes_on_here = self.steps_done or args.ckpt_path and is_latest_in(args.save_root, args.ckpt_path)
         self.set_learning_rate()
         if args.ema and self.ema is None:
             self.ema = {name: p.detach().clone() for name, p in self.named_parameters()}
@@ -803,12 +815,21 @@ class VAE_Model(nn.Module):
                 say(f"{self.world} process(es), the checkpoint's run had {len(self.restored['ranks'])}: not the same run to the bit")
             if self.restored["train_frames"] != self.train_frames:
                 say(f"--DR {args.DR}: {self.train_frames} training frames, the checkpoint's run had {self.restored['train_frames']}")
-            self.load_training_state(self.restored)
+            try:
+                self.load_training_state(self.restored)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise UserError(f"--ckpt_path {args.ckpt_path}: its state of training is not one of this version ({type(error).__name__}: "
+                                f"{error}); expected a run of this version") from None
             self.fitted_epochs = self.restored["num_epoch"]
             self.scheduler.base_lrs, args.lr, self.restored = [self.base_lr], self.base_lr, None
         self.teacher_forcing_ratio_update()  # from the flags as they are now, whatever the checkpoint had
         if self.rank == 0:
             sweep_leftovers(args.save_root)
+            aside = None if goes_on_here else set_aside(args.save_root)
+            if aside:
+                say(f"--save_root {args.save_root}: the run that was here is in {aside} now; --save_root {aside} --resume goes on with it")
+            if args.tensorboard:
+                self.board = tensorboard_writer()(str(Path(args.save_root) / "tensorboard"))
         say(f"{args.device}, {self.precision_reason}; {self.train_frames} training frames"
             + (f" in {len(self.pool.clips) - 1} clips" if self.pool else "") + f", {self.steps_in(self.current_epoch)} steps an epoch")
         self.compile_networks()
@@ -816,9 +837,11 @@ class VAE_Model(nn.Module):
             self.fit_to_time()
 
     def open_data(self):
-        """Check and decode the data that training needs, before anything is written."""
+        """Check what training needs and decode its data, before anything is written."""
         args = self.args
         require(args, "DR", "save_root")
+        if args.tensorboard:
+            tensorboard_writer()
         Dataset_Dance(args.DR, None, "val", args.val_vi_len)  # what needs no decoding first
         # the epochs that see least data need a batch, too
         share = 1.0 if args.pool else min(data_share(args, epoch) for epoch in (self.current_epoch, args.num_epoch - 1))
@@ -968,7 +991,7 @@ class VAE_Model(nn.Module):
             "totals": self.totals, "learning_rate_sum": self.learning_rate_sum, "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds, "share_done": self.share_done(), "best_psnr": self.best_psnr,
             "history": [dict(row) for row in self.history], "train_frames": self.train_frames, "precision": self.precision,
-            "num_epoch": self.args.num_epoch, "given": sorted(set(self.args.given) - OF_THE_MACHINE), "device": self.device.type,
+            "num_epoch": self.args.num_epoch, "given": sorted(set(self.args.given) - console.OF_THE_MACHINE), "device": self.device.type,
             "ranks": ranks,
         }
 
@@ -1106,8 +1129,8 @@ class VAE_Model(nn.Module):
     def stop_if_hopeless(self):
         """UserError after MAX_SKIPPED steps in a row whose gradient was not finite."""
         if self.skipped_in_a_row >= MAX_SKIPPED:
-            raise UserError(f"--lr {self.args.lr:g}: the loss was not finite for {int(self.skipped_in_a_row)} steps in a row in epoch "
-                            f"{self.current_epoch}; expected a rate that training survives (checkpoints in {self.args.save_root} are whole)")
+            raise UserError(f"--lr {self.args.lr:g}, --kl_weight {self.args.kl_weight:g}: the loss was not finite for {int(self.skipped_in_a_row)} steps "
+                            f"in a row in epoch {self.current_epoch}; expected smaller ones (what is in {self.args.save_root} is whole)")
 
     def agree(self):
         """Let all ranks see the same clock, and the same signal if any of them got one. Costs nothing with one rank."""
@@ -1139,9 +1162,9 @@ class Clock:
         self.end, self.start_share = end, share
         self.start = self.now = now
         self.fitted = False
-        self.leave(validation)
+        self.set_aside(validation)
 
-    def leave(self, validation):
+    def set_aside(self, validation):
         """Set aside the seconds of the last validation, with a margin for files and a machine that slows down."""
         self.deadline = self.end - 1.2 * validation - 5
 
@@ -1163,11 +1186,6 @@ def build_parser():
     return parser
 
 
-# flags that say how and where to run, not what to train: a checkpoint never decides them
-OF_THE_MACHINE = {"save_root", "device", "gpu", "num_workers", "no_cache", "cache_dir", "ckpt_path", "resume", "test", "per_save",
-                  "save_every_steps", "max_minutes", "tensorboard", "store_visualization", "no_compile"}
-
-
 def adopt_settings(args, names=None):
     """Take the settings of the checkpoint at args.ckpt_path for flags that are not on the command line.
 
@@ -1176,17 +1194,19 @@ def adopt_settings(args, names=None):
     loaded = read_checkpoint(args.ckpt_path)
     settings = loaded["args"] if isinstance(loaded.get("args"), dict) else {}
     settings = build_parser().accept({**settings, **sizes(loaded)}, args.ckpt_path)
-    names = settings.keys() - OF_THE_MACHINE if names is None else names & settings.keys()
+    names = settings.keys() - console.OF_THE_MACHINE if names is None else names & settings.keys()
     if "recipe" in args.given and settings.get("recipe") != args.recipe:
         names = names - console.RECIPES["pool"].keys()  # another recipe was asked for: what it sets stays
     for name in sorted(names):
         if name not in args.given:
             setattr(args, name, settings[name])
+            if name == "DR" and settings[name] and not os.path.isdir(settings[name]):
+                raise UserError(f"--DR {settings[name]}: what {args.ckpt_path} was trained on is not here; expected the data folder as --DR")
         elif getattr(args, name) != settings[name]:
             say(f"--{name} {getattr(args, name)}: the checkpoint has {settings[name]}")
     # a flag of the command line that began the run stays one
     before = loaded["resume"].get("given") if isinstance(loaded.get("resume"), dict) else None
-    args.given = sorted({*args.given, *(name for name in before or () if name in names)})
+    args.given = sorted({*args.given, *(name for name in (before if isinstance(before, list) else ()) if name in names)})
 
 
 def require(args, *flags):
@@ -1218,7 +1238,7 @@ def join_processes(args):
     return dist.get_rank(), world
 
 
-def leave(status):
+def leave_command(status):
     """Exit. After an error that the other ranks may not have had, at once: ending their group in good order would wait for them."""
     if dist.is_available() and dist.is_initialized():
         if status not in (0, *console.INTERRUPTED.values()):
@@ -1249,9 +1269,11 @@ def main(argv=None):
         say(f"--resume: there is no {last}, so this starts from " + (args.ckpt_path or "scratch"))
     if args.test:
         if rank == 0:
-            psnr = model.eval()
-            root = Path(args.save_root)
-            model.write_validation(root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
+            with console.catching_signals(console.stop):
+                psnr, root = model.eval(), Path(args.save_root)
+                if (root / "history.csv").exists():  # a run's own files are of its best epoch
+                    root = make_folder(root / "test")
+                model.write_validation(root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
             say(f"validation PSNR mean {psnr:.2f} min {min(model.psnr_per_frame):.2f} last {model.psnr_per_frame[-1]:.2f} dB, in {root}")
     elif model.current_epoch >= args.num_epoch:
         say(f"{args.ckpt_path}: all {args.num_epoch} epochs are done; a larger --num_epoch trains on")
@@ -1260,4 +1282,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console.run(main, leave)
+    console.run(main, leave_command)

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit status by signal, as a shell reports it
 
@@ -68,6 +68,11 @@ def catching_signals(note):
             signal.signal(number, handler)
 
 
+def stop(number):
+    """For `catching_signals`: the command ends the way it does after an error, so that nothing half-written is left."""
+    raise Stopped(number)
+
+
 class _Lines:
     """A stream for tqdm that ends every refresh with a newline, so that a bar stays readable in a log file."""
 
@@ -77,10 +82,12 @@ class _Lines:
     def write(self, text):
         text = text.replace("\r", "").strip()
         if text:
-            self.stream.write(text + "\n")
+            with suppress(OSError):  # as in `say`
+                self.stream.write(text + "\n")
 
     def flush(self):
-        self.stream.flush()
+        with suppress(OSError):
+            self.stream.flush()
 
 
 def progress(iterable=None, **options):
@@ -99,8 +106,11 @@ def say(line):
         return
     from tqdm import tqdm
 
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:  # `| head` has seen enough, or the log's disk is full: no reason to end a run
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def number(kind, low, high=None, *, above=False, multiple=1):
@@ -151,6 +161,10 @@ RECIPES = {
                  schedule="cosine", ema=0.998, objective="log_mse", kl_weight=1e-4, kl_anneal_type="None", refresh_norm=True),
 }
 DEFAULT_RECIPE = "pool"
+
+# flags that say how and where to run, not what to train: a checkpoint never decides them
+OF_THE_MACHINE = {"save_root", "device", "gpu", "num_workers", "no_cache", "cache_dir", "ckpt_path", "resume", "test", "per_save",
+                  "save_every_steps", "max_minutes", "tensorboard", "store_visualization", "no_compile", "checkpoint_steps"}
 
 KL_ANNEAL_TYPES = {"cyclical": "Cyclical", "monotonic": "Monotonic", "none": "None", "without": "None"}
 

@@ -11,7 +11,7 @@ COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), (3, 2)
 
 
 def is_matrix(parameter):
-    """Whether Muon turns this weight, (C_out, C_in, k, k): convolutions between features, not depthwise, nor from or to pictures."""
+    """Whether Muon turns this weight, (C_out, C_in, k, k): convolutions of four channels and more on both sides, so not depthwise, nor from or to pictures."""
     return parameter.dim() == 4 and min(parameter.shape[:2]) > 3
 
 
@@ -64,7 +64,7 @@ def iterate(squares, iterations):
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the weights that `is_matrix` names, AdamW for all others: biases, norms, first, last and depthwise layers.
+    """Muon for the weights that `is_matrix` names, AdamW for all others: biases, norms, depthwise layers, few channels.
 
     A step turns the momentum of a weight, as a matrix (C_out, k * k * C_in), into a nearly orthogonal one, so that all directions
     of the weight learn at one pace. Times 0.2 sqrt(max(rows, columns)) it is as large as a step of Adam's, so rate and weight

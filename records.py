@@ -6,6 +6,7 @@ PyTorch is imported where a checkpoint is read or written, so that scripts that 
 """
 
 import csv
+import errno
 import itertools
 import os
 import pickle
@@ -13,7 +14,7 @@ import re
 import tempfile
 import warnings
 from argparse import Namespace
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,8 @@ def atomic(path):
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror or error}); expected room and permission there") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # a path that can't be there has nothing to remove either
+            aside.unlink()
 
 
 def on_cpu(value):
@@ -178,7 +180,8 @@ def read_checkpoint(path):
             warnings.simplefilter("ignore")  # what is wrong with a file is said in one line
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; expected a checkpoint file") from None
+        problem = "is not a whole checkpoint" if error.errno == errno.EINVAL else error.strerror or error  # a cut archive, in PyTorch's words
+        raise UserError(f"{path}: {problem}; expected a file written by torch.save") from None
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         if name:
@@ -203,6 +206,18 @@ def read_checkpoint(path):
     for key, kind, low, high in (("lr", float, 0, 10), ("tfr", float, 0, 1), ("last_epoch", int, -1, 10**9)):
         checkpoint[key] = _figure(checkpoint.get(key), kind, low, high)
     return checkpoint
+
+
+def is_latest_in(folder, path):
+    """Whether a checkpoint is in a folder, and of the moment that last.ckpt there is of."""
+    last = Path(folder) / "last.ckpt"
+    if Path(path).resolve().parent != last.parent.resolve() or not last.exists():
+        return False
+    try:
+        moments = [(loaded["last_epoch"], loaded["resume"]["step"]) for loaded in map(read_checkpoint, (path, last))]
+    except (UserError, KeyError, TypeError):  # a damaged last.ckpt, a stranger's
+        return False
+    return moments[0] == moments[1]
 
 
 def _figure(value, kind, low, high):
@@ -243,7 +258,7 @@ def sizes(checkpoint):
 def load_weights(model, weights, path):
     """load_state_dict with strict=True. UserError that names the first key that doesn't fit."""
     own = {key: value for key, value in model.state_dict().items() if key.split(".")[0] in NETWORKS}
-    for key in own.keys() | weights.keys():
+    for key in [*own, *weights]:
         if key not in weights or key not in own:
             raise UserError(f"{path}: {key} is {'missing' if key not in weights else 'not of this network'}; "
                             f"expected exactly the weights of the five networks")
@@ -301,13 +316,13 @@ def plot_psnr(psnrs, path):
     plt.close(figure)
 
 
-def open_tensorboard(save_root):
-    """A SummaryWriter in save_root/tensorboard. UserError where TensorBoard is not installed."""
+def tensorboard_writer():
+    """TensorBoard's SummaryWriter, a class. UserError where the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard: the package is not installed; expected it after pip install tensorboard") from None
-    return SummaryWriter(str(Path(save_root) / "tensorboard"))
+    return SummaryWriter
 
 
 def log_to_tensorboard(board, row, gif=None):

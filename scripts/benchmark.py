@@ -587,6 +587,8 @@ def build_parser():
 def measure(args, root, folder):
     """Run the parts that were asked for; returns the Bench with their figures."""
     bench = Bench(args, root, folder)
+    if bench.count < args.batch_size * args.train_vi_len:
+        raise UserError(f"--batch_size {args.batch_size}: {root} holds {bench.count} training frames; expected {args.batch_size} windows of {args.train_vi_len}")
     ways, turns = 2 + args.compile, args.runs + 1
     calls = {"data": 2 * turns, "training": 2 * ways * turns, "pool": ways * (4 * args.runs + 1), "rollout": ways * turns, "memory": len(bench.memory_cases()),
              "growth": 2 * (max(1, args.runs // 2) + 1) * len({size for *_, size in bench.sizes()}), "equality": 0}
@@ -606,8 +608,8 @@ def main(argv=None):
         setattr(args, name, value)
     if args.quick:
         args.train_vi_len, args.rollout_frames, args.frame_H, args.frame_W = 4, 4, 16, 32
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise UserError(f"--json {args.json}: its folder is not there; expected one that is")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
+        raise UserError(f"--json {args.json}: expected a file, in a folder that is there")
     warnings.filterwarnings("ignore", message=".*DataLoader will create.*")
     with tempfile.TemporaryDirectory() as folder:  # decoded frames go here too: the first epoch is to be a first one
         root = args.DR

@@ -38,10 +38,10 @@ def build_parser():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("csv", metavar="CSV", help="the submission")
     parser.add_argument("--ground_truth", metavar="DIR", help="folder with the true frames, DIR/{0..4}/*.png, to score against")
-    parser.add_argument("--sequences", type=number(int, 1), default=5, help="test sequences")
-    parser.add_argument("--frames", type=number(int, 2), default=630, help="frames of each, the given first one included")
-    parser.add_argument("--frame_H", type=number(int, 1), default=32, help="height of a frame")
-    parser.add_argument("--frame_W", type=number(int, 1), default=64, help="width of a frame")
+    parser.add_argument("--sequences", type=number(int, 1, 10_000), default=5, help="test sequences")
+    parser.add_argument("--frames", type=number(int, 2, 10_000), default=630, help="frames of each, the given first one included")
+    parser.add_argument("--frame_H", type=number(int, 1, 4096), default=32, help="height of a frame")
+    parser.add_argument("--frame_W", type=number(int, 1, 4096), default=64, help="width of a frame")
     return parser
 
 

@@ -447,6 +447,8 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED[signal.SIGTERM]))  # so that the clean-up below runs
 
     out = args.out.resolve()
+    if not out.name:
+        raise UserError(f"{args.out}: is the root of the file system; expected a folder of its own")
     pictures = plan(args)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")  # beside OUT, so that one rename at the end puts it in place
     options = {name: value for name, value in vars(args).items() if name != "out"} | {"version": VERSION}

@@ -147,7 +147,7 @@ def replace(target, write):
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise UserError(f"{error.filename or target}: {error.strerror}")
+        raise UserError(f"{target}: can't be written ({error.strerror}); expected room and permission there") from None
 
 
 def plural(count, kind):

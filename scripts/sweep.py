@@ -20,12 +20,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from console import UserError, number, run, say
+from console import OF_THE_MACHINE, UserError, number, run, say
 from records import atomic, locked
 
-# Flags that change how a run is computed or kept, but not what is compared: a sweep may go on with others.
-MACHINE = {"device", "gpu", "num_workers", "no_cache", "cache_dir", "per_save", "save_every_steps", "tensorboard", "no_compile",
-           "checkpoint_steps", "store_visualization"}
+# a sweep may go on with other values of these
+NOT_COMPARED = OF_THE_MACHINE - {"ckpt_path", "max_minutes"}
 FORBIDDEN = {"DR", "save_root", "resume", "test"}  # the sweep's own business
 TURNED = {"kl": ["kl_anneal_type"], "tfr": ["tfr", "tfr_sde", "tfr_d_step"]}  # what a sweep itself sets
 POLL = 0.2  # seconds between two looks at the children
@@ -92,7 +91,7 @@ class Record:
     def __init__(self, out, kind, data, flags):
         self.path, self.out = out / "sweep.json", out
         wanted = {"sweep": kind, "data": str(data.resolve()),
-                  "flags": sorted(" ".join(words) for name, words in flags.items() if name not in MACHINE)}
+                  "flags": sorted(" ".join(words) for name, words in flags.items() if name not in NOT_COMPARED)}
         self.content = {**wanted, "done": []}
         if self.path.is_file():
             try:

@@ -465,9 +465,11 @@ def test_folders_whose_names_are_not_utf8(whole, tmp_path):
     assert (out / "test" / "submission.csv").exists()
 
 
-def test_more_than_the_memory_holds(whole, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_more_than_the_memory_holds(error, whole, tmp_path, monkeypatch, capfd):
     def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     monkeypatch.setattr(Trainer.VAE_Model, "forward", full)
     assert command(Trainer.main, "--DR", whole, "--save_root", tmp_path / "out", *SIZES, "--no_cache") == 2

@@ -5,6 +5,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 
@@ -13,7 +15,7 @@ import torch
 
 import Trainer
 import records
-from conftest import TINY, in_process
+from conftest import ROOT, TINY, in_process
 from scripts.kill_test import compare
 
 fork = multiprocessing.get_context("fork")  # a child of a test need not import torch again
@@ -60,11 +62,42 @@ def test_going_on_moves_nothing(tiny_data, tiny_run, tmp_path, monkeypatch, flag
     assert not list(folder.glob("earlier*"))
 
 
-def test_a_refused_start_moves_nothing(tiny_run, tmp_path):
+def test_going_on_from_an_earlier_checkpoint_moves_what_came_after_it(tiny_data, tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    before = contents(folder)
+    assert train(tiny_data, folder, "--ckpt_path", folder / "epoch=0.ckpt", "--lr", "1e-6") == 0
+    assert contents(folder / "earlier1") == before
+    assert records.read_checkpoint(folder / "last.ckpt")["last_epoch"] == 1 and (folder / "best.ckpt").exists()
+
+
+def test_a_refused_start_moves_nothing(tiny_data, tiny_run, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     before = contents(folder)
     assert train(tmp_path / "nowhere", folder) == 2
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train(tiny_data, folder, "--tensorboard") == 2
+    checkpoint = torch.load(folder / "epoch=0.ckpt", weights_only=True)
+    del checkpoint["resume"]["kl_epoch"]  # another version's
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    assert train(tiny_data, folder, "--ckpt_path", tmp_path / "other.ckpt") == 2
+    assert contents(folder) == before and not list(folder.glob("earlier*"))
+
+
+def test_validating_a_checkpoint_leaves_its_run_as_it_is(tiny_data, tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    before = contents(folder)
+    assert train(tiny_data, folder, "--ckpt_path", folder / "epoch=0.ckpt", "--test") == 0
     assert contents(folder) == before
+    assert contents(folder / "test").keys() == {"psnr_per_frame.csv", "psnr_per_frame.png", "val_pred.gif"}
+
+
+def test_a_reader_that_has_seen_enough_ends_no_run(tiny_data, tmp_path):
+    command = [sys.executable, str(ROOT / "Trainer.py"), "--DR", str(tiny_data), "--save_root", str(tmp_path / "run"), *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(120) == 0
+    assert records.read_checkpoint(tmp_path / "run" / "last.ckpt")["last_epoch"] == 1
 
 
 # ---------------------------------------------------------------- half-written files

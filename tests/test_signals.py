@@ -9,6 +9,7 @@ import time
 import pytest
 
 import Trainer
+import dataloader
 from conftest import ROOT, TINY, in_process
 from scripts.kill_test import compare
 
@@ -55,6 +56,18 @@ def test_a_signal_saves_stops_and_the_rest_is_the_same(tiny_data, whole, tmp_pat
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a process that trains in a notebook gets its handlers back
     assert train(tiny_data, folder, *RECIPES[recipe], "--resume") == 0
     assert compare(folder, whole[recipe]) == []
+
+
+def test_a_signal_while_decoding_leaves_nothing_behind(tiny_data, tmp_path, monkeypatch):
+    def interrupted(path):
+        if path.name == "9.png":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(path)
+
+    original = dataloader.read_picture
+    monkeypatch.setattr(dataloader, "read_picture", interrupted)
+    assert train(tiny_data, tmp_path / "run", "--cache_dir", tmp_path / "cache") == 143
+    assert os.listdir(tmp_path / "cache") == [] and not (tmp_path / "run").exists()
 
 
 def start(data, folder, *flags, until):

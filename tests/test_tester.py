@@ -125,6 +125,20 @@ def test_everything_but_the_checkpoint_can_be_left_out(tested, tiny_run, tmp_pat
     assert (tmp_path / "test" / "pred_seq0.gif").read_bytes() == (tested / "pred_seq0.gif").read_bytes()
 
 
+def test_data_that_the_checkpoint_names_and_that_are_not_here(tiny_run, tmp_path, capfd):
+    checkpoint = torch.load(tiny_run / "best.ckpt", weights_only=True)
+    checkpoint["args"]["DR"] = "gone"
+    torch.save(checkpoint, tmp_path / "moved.ckpt")
+    assert in_process(Tester.main, "--ckpt_path", tmp_path / "moved.ckpt", *CPU) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: --DR gone") and "moved.ckpt" in err
+
+
+def test_the_templates_dataset(tiny_data):
+    first, labels = Tester.Dataset_Dance(tiny_data, frame_transform(H, W), video_len=FRAMES)[0]
+    assert first.shape == (1, 3, H, W) and labels.shape == (FRAMES, 3, H, W)
+
+
 def test_a_flag_beats_the_checkpoint(tiny_run, tiny_data, tmp_path):
     flags = ["--ckpt_path", tiny_run / "best.ckpt", "--save_root", tmp_path / "out", *CPU]
     assert in_process(Tester.main, *flags, "--frame_H", 8, "--frame_W", 24) == 0
