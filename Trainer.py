@@ -14,6 +14,7 @@ import argparse
 import copy
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -152,14 +153,15 @@ class RolloutPool:
     back. So the network trains on histories dozens of its own steps deep at the price of one. A lane chosen for teacher forcing
     restarts from ground truth somewhere in the data. docs/RECIPE.md has the evidence.
 
-    dataset: a Dataset_Dance of the train split. clips: `find_clips` of its frames; no window crosses a cut.
+    dataset: a Dataset_Dance of the train split. clips: `find_clips` of its frames; no window crosses a cut. device: where the
+    network is; the lanes' frames stay there, wherever the data are.
     """
 
-    def __init__(self, dataset, clips, lanes, seed):
-        self.dataset, self.clips = dataset, torch.tensor(clips)
+    def __init__(self, dataset, clips, lanes, seed, device="cpu"):
+        self.dataset, self.clips, self.device = dataset, torch.tensor(clips), device
         self.generator = torch.Generator().manual_seed(seed)
         self.position = self.random_positions(lanes)
-        self.pictures = dataset.take(self.position)[0]  # float32 (lanes, 3, H, W) in [0, 1], on the data's device
+        self.pictures = dataset.take(self.position)[0].to(device)  # float32 (lanes, 3, H, W) in [0, 1]
 
     def random_positions(self, count):
         return torch.randint(int(self.clips[-1]), (count,), generator=self.generator)
@@ -182,19 +184,17 @@ class RolloutPool:
         index = torch.minimum(start[:, None] + torch.arange(length - 1), self.clips[clip][:, None] - 1)
 
         # the past frame: ground truth where a lane restarts, else what was generated there
-        there = self.pictures.device
-        self.lanes, self.lanes_there, self.arrived = lanes, lanes.to(there, non_blocking=True), index[:, -1]
-        self.history = torch.where(teacher.view(-1, 1, 1, 1).to(there, non_blocking=True), self.dataset.take(position)[0],
-                                   self.pictures.index_select(0, self.lanes_there))
-        img, label = self.dataset.take(index)
+        self.lanes, self.arrived = lanes, index[:, -1]
+        self.rows, restarts, truth, img, label = (x.to(self.device, non_blocking=True) for x in (
+            lanes, teacher.view(-1, 1, 1, 1), self.dataset.take(position)[0], *self.dataset.take(index)))
+        self.history = torch.where(restarts, truth, self.pictures.index_select(0, self.rows))
         # the step never looks at the pose of the past frame: any picture will do in its place
         return torch.cat([self.history[:, None], img], 1), torch.cat([label[:, :1], label], 1)
 
     def put(self, generated):
         """The last frames (B, 3, H, W) generated from the drawn windows become their lanes' frames, clamped to [0, 1]."""
         finite = generated.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)
-        generated = torch.where(finite, generated.float().clamp(0, 1), self.history.to(generated.device))
-        self.pictures.index_copy_(0, self.lanes_there, generated.to(self.pictures.device))
+        self.pictures.index_copy_(0, self.rows, torch.where(finite, generated.float().clamp(0, 1), self.history))
         self.position[self.lanes] = self.arrived
 
     def state_dict(self):
@@ -205,7 +205,7 @@ class RolloutPool:
             return  # --pool or the frame's size is another one now: the lanes start anew
         self.generator.set_state(state["generator"])
         self.position = state["position"].clamp(max=int(self.clips[-1]) - 1)
-        self.pictures = state["pictures"].to(self.pictures.device)
+        self.pictures = state["pictures"].to(self.device)
 
 
 # ---------------------------------------------------------------- the model
@@ -246,9 +246,20 @@ def enough_memory(flag, instead):
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: can't allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search("DefaultCPUAllocator: can't allocate|STATUS_ALLOC_FAILED", str(error)):
             raise
         raise UserError(f"{flag}: needs more memory than the device has free; expected {instead}") from None
+
+
+def compiled_call(network, dynamic):
+    """torch.compile of a network's call, whole: nn.Module.compile() takes a Sequential block by block before PyTorch 2.14.
+
+    dynamic: as in torch.compile.
+    """
+    def call(*inputs):
+        return network._call_impl(*inputs)
+
+    return torch.compile(call, dynamic=dynamic)
 
 
 class Float32Conv2d(nn.Conv2d):
@@ -798,7 +809,7 @@ class VAE_Model(nn.Module):
             self.ema = {name: p.detach().clone() for name, p in self.named_parameters()}
         if args.pool:
             clips = find_clips(self.train_pictures)
-            self.pool = RolloutPool(self.dataset("train", args.train_vi_len), clips, args.pool, args.seed + self.rank)
+            self.pool = RolloutPool(self.dataset("train", args.train_vi_len), clips, args.pool, args.seed + self.rank, self.device)
         if self.world > 1:
             # weights come from rank 0; what each rank draws from here on is its own
             self.__dict__["parallel"] = DistributedDataParallel(self)
@@ -865,7 +876,8 @@ class VAE_Model(nn.Module):
         """Have torch.compile take the networks of COMPILED when they are next called."""
         torch._dynamo.config.cache_size_limit = 64  # the networks share one limit, training and rollout too
         for name in COMPILED:  # few sizes come up with windows of 2; kernels that are for any size are slower
-            getattr(self, name).compile(dynamic=False if self.args.train_vi_len == 2 else None)
+            network = getattr(self, name)
+            network._compiled_call_impl = compiled_call(network, dynamic=False if self.args.train_vi_len == 2 else None)
 
     def compile_networks(self):
         """torch.compile the networks of COMPILED on CUDA; on a CPU it does not pay (docs/PERFORMANCE.md)."""
@@ -905,13 +917,15 @@ class VAE_Model(nn.Module):
         args, before = self.args, self.args.num_epoch
         state = copy.deepcopy(self.training_state())
         self.epoch_coin = 0.0
-        seconds = []
+        seconds, began = [], time.monotonic()
         for (img, label, flags), _ in zip(self.batches(0), range(5)):
-            began = time.monotonic()
             self.training_one_step(img, label, flags)
+            if self.pool is not None:
+                self.pool.put(self.generated)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds.append(time.monotonic() - began)
+            began = time.monotonic()
         step = sorted(seconds)[len(seconds) // 2]
         img, label = next(iter(self.val_dataloader()))
         few = min(args.val_vi_len, ROLLOUT_BLOCK + 1)

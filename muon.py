@@ -47,7 +47,8 @@ def orthogonalize(matrices):
             products = iterate(torch.stack([wide[i] @ wide[i].mT for i in members]), iterations)
             for i, product in zip(members, products):
                 wide[i] = product @ wide[i]
-    return [x if matrix.shape == x.shape else x.mT for x, matrix in zip(wide, matrices)]
+    # contiguous: where one of a list is laid out in another way than the rest, a GPU takes foreach calls one by one
+    return [x if matrix.shape == x.shape else x.mT.contiguous() for x, matrix in zip(wide, matrices)]
 
 
 def iterate(squares, iterations):

@@ -282,7 +282,7 @@ class Bench:
         clips = find_clips(frames.imgs.cpu().numpy())
 
         def with_lanes(model):
-            model.pool = Trainer.RolloutPool(Dataset_Dance(self.root, None, "train", 2, frames=frames), clips, 16, 0)
+            model.pool = Trainer.RolloutPool(Dataset_Dance(self.root, None, "train", 2, frames=frames), clips, 16, 0, args.device)
             model.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
             return model
 

@@ -72,3 +72,13 @@ def test_a_value_that_is_read_is_noticed():
         for read in (float, bool, torch.Tensor.cpu, torch.nonzero):
             with pytest.raises(AssertionError, match="the GPU"):
                 read(torch.ones((), device="cuda"))
+
+
+def test_the_pool_reads_nothing_back_wherever_the_data_are(tiny_data):
+    model = Trainer.VAE_Model(Trainer.build_parser().parse_args([*TINY, "--DR", str(tiny_data)]))
+    dataset = model.dataset("train", 2)
+    with FakeTensorMode(allow_non_fake_inputs=True), NoReading():
+        pool = Trainer.RolloutPool(dataset, [0, len(dataset.frames.imgs)], 8, 0, "cuda")
+        img, label = pool.draw(2, 2, 0.5, torch.zeros(2, dtype=torch.bool))
+        assert img.shape == label.shape == (2, 2, 3, 16, 32) and img.device.type == label.device.type == "cuda"
+        pool.put(torch.rand(2, 3, 16, 32, device="cuda"))
