@@ -164,7 +164,7 @@ DEFAULT_RECIPE = "pool"
 
 # flags that say how and where to run, not what to train: a checkpoint never decides them
 OF_THE_MACHINE = {"save_root", "device", "gpu", "num_workers", "no_cache", "cache_dir", "ckpt_path", "resume", "test", "per_save",
-                  "save_every_steps", "max_minutes", "tensorboard", "store_visualization", "no_compile", "checkpoint_steps"}
+                  "save_every_steps", "max_minutes", "tensorboard", "store_visualization", "no_compile"}
 
 KL_ANNEAL_TYPES = {"cyclical": "Cyclical", "monotonic": "Monotonic", "none": "None", "without": "None"}
 

@@ -147,7 +147,9 @@ def replace(target, write):
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise UserError(f"{target}: can't be written ({error.strerror}); expected room and permission there") from None
+        source = error.filename and not str(error.filename).endswith(".part")
+        raise UserError(f"{error.filename}: {error.strerror}" if source else
+                        f"{target}: can't be written ({error.strerror}); expected room and permission there") from None
 
 
 def plural(count, kind):

@@ -24,7 +24,7 @@ from console import OF_THE_MACHINE, UserError, number, run, say
 from records import atomic, locked
 
 # a sweep may go on with other values of these
-NOT_COMPARED = OF_THE_MACHINE - {"ckpt_path", "max_minutes"}
+NOT_COMPARED = OF_THE_MACHINE - {"ckpt_path", "max_minutes"} | {"checkpoint_steps"}
 FORBIDDEN = {"DR", "save_root", "resume", "test"}  # the sweep's own business
 TURNED = {"kl": ["kl_anneal_type"], "tfr": ["tfr", "tfr_sde", "tfr_d_step"]}  # what a sweep itself sets
 POLL = 0.2  # seconds between two looks at the children
