@@ -5,8 +5,8 @@
     python scripts/ablate.py DATA OUT pool no_ema mse+batch_2 --frames 2500 --seeds 0 1 2
 
 Settings joined by + are combined. Each run lands in OUT/{setting}_s{seed}_{budget}/; a run that is there and done is not run
-again, and one of other flags is an error. After every run its curve (one row an epoch) is appended to --csv, docs/ablation.csv by default, so the work can be
-taken up again.
+again, and one of other flags is an error. After every run its curve (one row an epoch) is appended to --csv, docs/ablation.csv
+by default, so the work can be taken up again.
 """
 
 import csv
