@@ -694,7 +694,7 @@ class VAE_Model(nn.Module):
                     began = time.monotonic()
                     psnr = self.validate()
                     if self.clock:
-                        self.clock.set_aside(self.from_rank_0(time.monotonic() - began))
+                        self.clock.reserve(self.from_rank_0(time.monotonic() - began))
                     self.end_epoch(psnr)
             except Stopped:
                 self.write(["last.ckpt"])
@@ -803,7 +803,7 @@ class VAE_Model(nn.Module):
         """Ready the first step: state of a checkpoint or a fresh start, averages, the other ranks, the clock."""
         args = self.args
         # from an earlier checkpoint another line of epochs begins, and the best one of this line must not be lost to it
-        goes_on_here = self.steps_done or args.ckpt_path and is_latest_in(args.save_root, args.ckpt_path)
+        goes_on_here = self.steps_done or self.restored and is_latest_in(args.save_root, args.ckpt_path)
         self.set_learning_rate()
         if args.ema and self.ema is None:
             self.ema = {name: p.detach().clone() for name, p in self.named_parameters()}
@@ -1176,10 +1176,10 @@ class Clock:
         self.end, self.start_share = end, share
         self.start = self.now = now
         self.fitted = False
-        self.set_aside(validation)
+        self.reserve(validation)
 
-    def set_aside(self, validation):
-        """Set aside the seconds of the last validation, with a margin for files and a machine that slows down."""
+    def reserve(self, validation):
+        """Keep the seconds of the last validation, with a margin for files and a machine that slows down."""
         self.deadline = self.end - 1.2 * validation - 5
 
     def over(self):
@@ -1252,7 +1252,7 @@ def join_processes(args):
     return dist.get_rank(), world
 
 
-def leave_command(status):
+def leave(status):
     """Exit. After an error that the other ranks may not have had, at once: ending their group in good order would wait for them."""
     if dist.is_available() and dist.is_initialized():
         if status not in (0, *console.INTERRUPTED.values()):
@@ -1296,4 +1296,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console.run(main, leave_command)
+    console.run(main, leave)

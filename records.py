@@ -210,8 +210,10 @@ def read_checkpoint(path):
 
 def is_latest_in(folder, path):
     """Whether a checkpoint is in a folder, and of the moment that last.ckpt there is of."""
-    last = Path(folder) / "last.ckpt"
-    if Path(path).resolve().parent != last.parent.resolve() or not last.exists():
+    path, last = Path(path).resolve(), Path(folder).resolve() / "last.ckpt"
+    if path == last:
+        return True
+    if path.parent != last.parent or not last.exists():
         return False
     try:
         moments = [(loaded["last_epoch"], loaded["resume"]["step"]) for loaded in map(read_checkpoint, (path, last))]

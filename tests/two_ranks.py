@@ -93,4 +93,4 @@ def main():
 
 
 if __name__ == "__main__":
-    console.run(main, Trainer.leave_command)
+    console.run(main, Trainer.leave)
