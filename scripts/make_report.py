@@ -6,8 +6,8 @@
 Each RUN is a folder that Trainer.py wrote (its --save_root). Into OUT go the figures of plot_runs.py, the best and worst
 frames of every run, and the two reports, with a section for each line of the assignment's rubric. Numbers come from
 history.csv and psnr_per_frame.csv, frames from val_pred.gif, settings from last.ckpt (else best.ckpt). What has no data is
-left out, and the report says so. The analysis is the writer's: text written into report.md is kept when it is made again,
-and a report.html that somebody wrote in and saved is renamed, not replaced.
+left out, and the report says so. The analysis is the writer's: text written into the places for it in report.md is kept when
+it is made again; a report.md that was changed elsewhere, and a report.html that somebody wrote in and saved, are renamed, not replaced.
 """
 
 import ast
@@ -18,6 +18,7 @@ import json
 import math
 import re
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -457,13 +458,24 @@ def analysis_marks(key):
 
 
 PLACEHOLDER = "*(write here)*"
+ANALYSIS = re.compile(r"<!-- your analysis (\S+):[^\n]*-->\n(.*?)\n<!-- end of your analysis \1 -->", re.S)
 
 
-def kept_analysis(path):
+def kept_analysis(text):
     """{section: text} of what the writer put into an earlier report.md."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = re.findall(r"<!-- your analysis (\S+):[^\n]*-->\n(.*?)\n<!-- end of your analysis \1 -->", text, re.S)
-    return {key: body.strip() for key, body in found if body.strip() not in ("", PLACEHOLDER)}
+    return {key: body.strip() for key, body in ANALYSIS.findall(text) if body.strip() not in ("", PLACEHOLDER)}
+
+
+def signature(text):
+    """A last line for report.md, by which a later call sees whether anything outside the places for analyses was changed."""
+    ours = "\n".join(line.rstrip() for line in ANALYSIS.sub("", text).splitlines() if line.strip())
+    return f"<!-- made by make_report.py, {zlib.crc32(ours.encode()):08x} -->"
+
+
+def changed_elsewhere(text):
+    """Whether somebody wrote into a report.md where the next one would not keep it."""
+    body, _, last = text.rstrip().rpartition("\n")
+    return last != signature(body)
 
 
 def markdown_table(rows):
@@ -494,7 +506,8 @@ def to_markdown(blocks, title, analysis):
         elif kind == "analysis":
             first, last = analysis_marks(content)
             out.append(f"**Your analysis:**\n\n{first}\n\n{analysis.get(content, PLACEHOLDER)}\n\n{last}")
-    return "\n\n".join(out) + "\n"
+    text = "\n\n".join(out)
+    return f"{text}\n\n{signature(text)}\n"
 
 
 # ---------------------------------------------------------------- report.html
@@ -548,14 +561,12 @@ def to_html(blocks, title, analysis, figures, data):
 
 
 def put_aside(path):
-    """Rename a report.html that somebody wrote in and saved. Returns its new path, or None."""
-    if not path.is_file() or b"data-edited=" not in path.read_bytes()[:2000]:
-        return None
+    """Rename a report that somebody wrote in, and say so."""
     number = 1
-    while (aside := path.with_name(f"report_edited_{number}.html")).exists():
+    while (aside := path.with_name(f"report_edited_{number}{path.suffix}")).exists():
         number += 1
     path.rename(aside)
-    return aside
+    print(f"{path} held text of yours: kept as {aside}")
 
 
 # ---------------------------------------------------------------- command line
@@ -572,10 +583,11 @@ def main():
     args = build_parser().parse_args()
     runs = load_report_runs(args.runs)
     out = make_folder(args.out, "-o")
+    page_path, markdown = out / "report.html", out / "report.md"
     try:
-        analysis = kept_analysis(out / "report.md")
+        before = markdown.read_text(encoding="utf-8") if markdown.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{out / 'report.md'}: cannot be read: {error}; nothing is replaced that may hold your text") from None
+        raise UserError(f"{markdown}: cannot be read: {error}; nothing is replaced that may hold your text") from None
 
     figures, left_out = plot_runs.write_figures(runs, out)
     for r in runs:
@@ -590,15 +602,17 @@ def main():
     shown = [r for r in runs if r.frames is not None]
     sheets, layouts, note = sprite_sheets(shown, budget) if shown else ([], {}, None)
     blocks = build_blocks(runs, figures, left_out, note)
+    analysis = kept_analysis(before)
     page = to_html(blocks, args.title, analysis, figures, player_data(runs, layouts, sheets, [r.name for r in runs]))
-    write(out / "report.md", to_markdown(blocks, args.title, analysis))
-    aside = put_aside(out / "report.html")
-    if aside:
-        print(f"{out / 'report.html'} held text of yours: kept as {aside}")
-    write(out / "report.html", page)
+    if before and changed_elsewhere(before):
+        put_aside(markdown)
+    write(markdown, to_markdown(blocks, args.title, analysis))
+    if page_path.is_file() and b"data-edited=" in page_path.read_bytes()[:2000]:
+        put_aside(page_path)
+    write(page_path, page)
     for line in [*left_out, *(r.problem for r in runs if r.problem)]:
         print(line)
-    print(f"{out / 'report.html'} ({len(page) / 1e6:.1f} MB) and {out / 'report.md'}")
+    print(f"{page_path} ({len(page) / 1e6:.1f} MB) and {markdown}")
 
 
 if __name__ == "__main__":

@@ -122,6 +122,18 @@ def test_text_of_the_writer_survives_a_second_report(tmp_path):
     assert "data-edited" in (out / "report_edited_1.html").read_text()[:200] and "report_edited_1.html" in result.stdout
 
 
+def test_a_report_changed_elsewhere_is_kept_beside_the_new_one(tmp_path):
+    run, out = make_run(tmp_path / "a", epochs=1, frames=3), tmp_path / "out"
+    for _ in range(2):
+        assert command("make_report.py", run, "-o", out).returncode == 0
+    assert not list(out.glob("report_edited*"))  # nobody wrote anything
+    text = (out / "report.md").read_text().replace("**Your analysis:**", "**Your analysis:** it works", 1)
+    (out / "report.md").write_text(text)
+    result = command("make_report.py", run, "-o", out)
+    assert result.returncode == 0 and "report_edited_1.md" in result.stdout
+    assert (out / "report_edited_1.md").read_text() == text and "it works" not in (out / "report.md").read_text()
+
+
 def test_user_errors_are_one_line_and_write_nothing(tmp_path):
     run, out = make_run(tmp_path / "a", epochs=1, frames=3), tmp_path / "out"
     refused(command("make_report.py", tmp_path / "absent", "-o", out), "absent")
