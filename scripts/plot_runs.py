@@ -121,7 +121,12 @@ def summarise(run):
     history, mean = run.history, run.history["val_psnr_mean"]
     row = {"run": run.name, "epochs": len(mean), "best_epoch": None}
     if np.isfinite(mean).any():
-        row["best_epoch"] = int(history["epoch"][np.argmax(np.where(np.isfinite(mean), mean, -np.inf))])
+        best = np.argmax(np.where(np.isfinite(mean), mean, -np.inf))
+        # a run that went on in another folder has better epochs in its history than the one whose files are there
+        same = [] if run.psnr is None else np.flatnonzero(np.isclose(mean, run.psnr["psnr"].mean(), rtol=0, atol=1e-6))
+        if len(same) and best not in same:
+            best = same[-1]
+        row["best_epoch"] = int(history["epoch"][best])
     keys = "psnr_mean psnr_median psnr_first psnr_last psnr_min psnr_min_frame psnr_max psnr_max_frame".split()
     row.update(dict.fromkeys(keys))
     if run.psnr is not None and np.isfinite(run.psnr["psnr"]).any():

@@ -99,6 +99,19 @@ def test_summary_repeats_the_numbers_of_the_run(tmp_path):
                    "psnr_last": "21.0", "psnr_min": "20.0", "psnr_min_frame": "2", "psnr_max": "30.0", "psnr_max_frame": "1"}
 
 
+def test_the_best_epoch_is_the_one_whose_files_are_there(tmp_path):
+    """A run that went on in another folder has better epochs in its history, of before."""
+    run = make_run(tmp_path / "a", epochs=3, frames=4)
+    (run / "psnr_per_frame.csv").write_text("frame,psnr\n1,30\n2,20\n3,25\n4,21\n")
+    header, *rows = [line.split(",") for line in (run / "history.csv").read_text().splitlines()]
+    for row, mean in zip(rows, ("25", "23", "24")):
+        row[header.index("val_psnr_mean")] = mean
+    (run / "history.csv").write_text("\n".join(map(",".join, [header, *rows])) + "\n")
+    assert command("plot_runs.py", run, "-o", tmp_path / "out").returncode == 0
+    row, = csv.DictReader((tmp_path / "out" / "psnr_summary.csv").open())
+    assert row["best_epoch"] == "2"
+
+
 @pytest.mark.parametrize("count, epochs", [(1, 1), (6, 2)])
 def test_few_epochs_and_many_runs(tmp_path, count, epochs):
     runs = [make_run(tmp_path / f"{'_$x_' if i == 0 else 'run'}{i}", "None", epochs=epochs, frames=3) for i in range(count)]
