@@ -14,6 +14,8 @@ import traceback
 from contextlib import contextmanager, suppress
 
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit status by signal, as a shell reports it
+if hasattr(signal, "SIGHUP"):  # a terminal that was closed, a connection that was lost; Windows has none
+    INTERRUPTED[signal.SIGHUP] = 129
 
 
 class UserError(ValueError):
@@ -29,7 +31,7 @@ class Stopped(BaseException):
 
 
 def run(main, leave=sys.exit):
-    """Call main() as a command: exit 0 when done, 2 with one line on stderr for a UserError, 130 and 143 when stopped, 1 for a bug.
+    """Call main() as a command: exit 0 when done, 2 with one line on stderr for a UserError, 129, 130 and 143 when stopped, 1 for a bug.
 
     leave: is called with the exit status.
     """
@@ -56,11 +58,12 @@ def run(main, leave=sys.exit):
 
 @contextmanager
 def catching_signals(note):
-    """Inside, Ctrl-C and SIGTERM call note(signal number) instead of ending the process."""
+    """Inside, the signals of INTERRUPTED call note(signal number) instead of ending the process; nohup's SIGHUP stays ignored."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
-    before = {number: signal.signal(number, lambda number, frame: note(number)) for number in INTERRUPTED}
+    before = {number: signal.signal(number, lambda number, frame: note(number)) for number in INTERRUPTED
+              if INTERRUPTED[number] != 129 or signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from console import UserError, progress
+from console import INTERRUPTED, UserError, progress
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 MAX_PIXELS = 64_000_000  # a picture that claims more is a mistake or an attack (a 30 KB PNG can claim 10 GB)
@@ -330,18 +330,18 @@ class Dataset_Dance(Dataset):
 
 
 def _quiet(worker):
-    """Workers leave Ctrl-C and SIGTERM, which may come to the whole group, to the process that started them, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Workers leave Ctrl-C and the like, which may come to the whole group, to the process that started them, and end with it."""
+    for number in INTERRUPTED:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def no_signals():
-    """Inside, Ctrl-C and SIGTERM wait, for good in processes that are started there."""
+    """Inside, Ctrl-C and the like wait, for good in processes that are started there."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTED)
     try:
         yield
     finally:

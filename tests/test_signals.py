@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C save and stop, in training and in validation, and what goes on from there ends with the same bits."""
+"""SIGTERM, Ctrl-C and a lost terminal save and stop, in training and in validation, and what goes on from there ends with the same bits."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ def send_at(monkeypatch, method, call, number):
 @pytest.mark.parametrize("recipe, method, call, number, status", [
     ("pool", "training_one_step", 3, signal.SIGTERM, 143), ("template", "training_one_step", 11, signal.SIGINT, 130),
     ("pool", "val_one_step", 2, signal.SIGINT, 130), ("template", "val_one_step", 1, signal.SIGTERM, 143),
-    ("pool", "write", 1, signal.SIGTERM, 143)])
+    ("pool", "write", 1, signal.SIGTERM, 143), ("pool", "training_one_step", 4, signal.SIGHUP, 129)])
 def test_a_signal_saves_stops_and_the_rest_is_the_same(tiny_data, whole, tmp_path, capsys, monkeypatch, recipe, method, call, number, status):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -56,6 +56,16 @@ def test_a_signal_saves_stops_and_the_rest_is_the_same(tiny_data, whole, tmp_pat
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a process that trains in a notebook gets its handlers back
     assert train(tiny_data, folder, *RECIPES[recipe], "--resume") == 0
     assert compare(folder, whole[recipe]) == []
+
+
+def test_under_nohup_a_lost_terminal_changes_nothing(tiny_data, whole, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        send_at(monkeypatch, "training_one_step", 3, signal.SIGHUP)
+        assert train(tiny_data, tmp_path / "run") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert compare(tmp_path / "run", whole["pool"]) == []
 
 
 def test_a_signal_while_decoding_leaves_nothing_behind(tiny_data, tmp_path, monkeypatch):
