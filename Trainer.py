@@ -35,11 +35,11 @@ from torch.utils.checkpoint import checkpoint
 import console
 from console import Stopped, UserError, progress, say
 from dataloader import Dataset_Dance, Frames, PictureLoader, WindowLoader, decode, find_clips, frame_transform
-from devices import has_bf16, pick_device, pick_precision
+from devices import check_torch, has_bf16, pick_device, pick_precision
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 from muon import Muon, is_matrix
 from records import (HISTORY, NETWORKS, check_save_root, is_latest_in, load_weights, locked, log_to_tensorboard, make_folder, optimizer_fits,
-                     plot_psnr, read_checkpoint, set_aside, sizes, sweep_leftovers, tensorboard_writer, write_checkpoint, write_csv, write_gif)
+                     plot_psnr, read_checkpoint, set_aside, sizes, sweep_leftovers, tensorboard_writer, version, write_checkpoint, write_csv, write_gif)
 
 CLIP_NORM = 1.0           # gradient norm, the template's
 FAST_LR = 1.5             # how much larger --fast_train's learning rate is, unless --lr is given
@@ -290,8 +290,10 @@ class VAE_Model(nn.Module):
     poses = None                    # the training poses that BatchNorm's statistics are recomputed over
     train_frames = None             # how many the data hold
     restored = None                 # a checkpoint's training state, until training goes on from it
+    read_version = None             # and the file's version when it was read
     began = clock = None            # when the command began, and the Clock of --max_minutes
     fitted_epochs = None            # num_epoch of the stopped run that goes on
+    asked_epochs = None             # num_epoch before --max_minutes fitted it
     bar = board = None              # tqdm's bar, TensorBoard's writer
     rank, world, parallel = 0, 1, None  # torchrun's, and DistributedDataParallel around the model
     stop_signal, agreed = None, 0   # the signal that came here, and the one that all ranks know of
@@ -677,7 +679,7 @@ class VAE_Model(nn.Module):
     def training_stage(self):
         """Train from the current epoch to the last; after each, validate, record and save.
 
-        A signal (Ctrl-C, SIGTERM) saves last.ckpt and raises Stopped. UserError for data that can't be used, a
+        A signal of console.INTERRUPTED saves last.ckpt and raises Stopped. UserError for data that can't be used, a
         save_root that another run holds, and losses that stay non-finite.
         """
         self.began = self.began or time.monotonic()
@@ -802,6 +804,9 @@ class VAE_Model(nn.Module):
     def begin(self):
         """Ready the first step: state of a checkpoint or a fresh start, averages, the other ranks, the clock."""
         args = self.args
+        in_use = self.restored and Path(args.ckpt_path).resolve().parent == Path(args.save_root).resolve()
+        if in_use and version(args.ckpt_path) != self.read_version:
+            raise UserError(f"{args.ckpt_path}: another run has written it since it was read here; expected the same command once more")
         # from an earlier checkpoint another line of epochs begins, and the best one of this line must not be lost to it
         goes_on_here = self.steps_done or self.restored and is_latest_in(args.save_root, args.ckpt_path)
         self.set_learning_rate()
@@ -927,14 +932,15 @@ class VAE_Model(nn.Module):
             seconds.append(time.monotonic() - began)
             began = time.monotonic()
         step = sorted(seconds)[len(seconds) // 2]
-        img, label = next(iter(self.val_dataloader()))
+        loader = self.val_dataloader()
+        img, label = next(iter(loader))
         few = min(args.val_vi_len, ROLLOUT_BLOCK + 1)
         for _ in range(2):  # the first one warms up
             began = time.monotonic()
             with self.validated_weights():
                 ready = time.monotonic()
                 self.rollout(img[:, 0], label[:, :few])
-            validation = ready - began + (time.monotonic() - ready) * (args.val_vi_len - 1) / (few - 1)
+            validation = ready - began + (time.monotonic() - ready) * (args.val_vi_len - 1) / (few - 1) * len(loader)
         self.load_training_state(state)
 
         step, validation = self.from_rank_0(step), self.from_rank_0(validation)
@@ -949,6 +955,7 @@ class VAE_Model(nn.Module):
         args.num_epoch = self.current_epoch + epochs
         self.clock.fitted = args.num_epoch < before or left < 0
         if self.clock.fitted:
+            self.asked_epochs = before
             shrink = args.num_epoch / (self.fitted_epochs or before)
             if "tfr_sde" not in args.given:
                 # a run that begins on ground truth still does: from its first step on its own frames the loss would explode
@@ -958,6 +965,11 @@ class VAE_Model(nn.Module):
             self.kl_annealing = kl_annealing(args, self.current_epoch)
             self.teacher_forcing_ratio_update()
         say(f"--max_minutes {args.max_minutes:g}: a step takes {step:.3f} s, a validation about {validation:.0f} s; {args.num_epoch} epochs")
+
+    def ended_by_the_clock(self):
+        """Whether the checkpoint is the end of a run that --max_minutes fitted, and the same --num_epoch and a time are asked for again."""
+        ended = self.restored and self.restored.get("asked_epochs") == self.args.num_epoch and self.current_epoch >= self.restored["num_epoch"]
+        return bool(ended and self.args.max_minutes)
 
     def share_done(self):
         """The share of the run that is over, in [0, 1]: by its steps, or by the clock where it was fitted to one."""
@@ -1005,8 +1017,8 @@ class VAE_Model(nn.Module):
             "totals": self.totals, "learning_rate_sum": self.learning_rate_sum, "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds, "share_done": self.share_done(), "best_psnr": self.best_psnr,
             "history": [dict(row) for row in self.history], "train_frames": self.train_frames, "precision": self.precision,
-            "num_epoch": self.args.num_epoch, "given": sorted(set(self.args.given) - console.OF_THE_MACHINE), "device": self.device.type,
-            "ranks": ranks,
+            "num_epoch": self.args.num_epoch, "asked_epochs": self.asked_epochs, "given": sorted(set(self.args.given) - console.OF_THE_MACHINE),
+            "device": self.device.type, "ranks": ranks,
         }
 
     def load_training_state(self, state):
@@ -1074,6 +1086,7 @@ class VAE_Model(nn.Module):
         """
         if self.args.ckpt_path is None:
             return
+        self.read_version = version(self.args.ckpt_path)
         loaded = read_checkpoint(self.args.ckpt_path)
         load_weights(self, loaded["state_dict"], self.args.ckpt_path)
         self.ema = self.pool = self.poses = None  # of a stage before this; what is loaded are the weights to validate
@@ -1264,6 +1277,7 @@ def leave(status):
 
 def main(argv=None):
     began = time.monotonic()
+    check_torch()
     args = build_parser().parse_args(argv)
     require(args, "save_root")
     check_save_root(args.save_root)
@@ -1289,8 +1303,8 @@ def main(argv=None):
                     root = make_folder(root / "test")
                 model.write_validation(root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
             say(f"validation PSNR mean {psnr:.2f} min {min(model.psnr_per_frame):.2f} last {model.psnr_per_frame[-1]:.2f} dB, in {root}")
-    elif model.current_epoch >= args.num_epoch:
-        say(f"{args.ckpt_path}: all {args.num_epoch} epochs are done; a larger --num_epoch trains on")
+    elif model.current_epoch >= args.num_epoch or model.ended_by_the_clock():
+        say(f"{args.ckpt_path}: all {model.current_epoch} epochs are done; a larger --num_epoch trains on")
     else:
         model.training_stage()
 

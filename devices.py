@@ -12,6 +12,16 @@ import torch.nn.functional as F
 from console import UserError
 
 
+OLDEST_TORCH = (2, 6)  # as requirements.txt and scripts/setup.sh have it
+
+
+def check_torch():
+    """UserError where PyTorch is older than what this was written for: a run would end in the middle."""
+    if torch.__version__ < OLDEST_TORCH:
+        raise UserError(f"PyTorch {torch.__version__}: is too old; expected {'.'.join(map(str, OLDEST_TORCH))} or newer "
+                        f"(pip install -r requirements.txt)")
+
+
 def pick_device(name):
     """The torch.device of --device (None: CUDA where there is one, else the CPU). UserError where it is missing."""
     if name is None:

@@ -175,8 +175,9 @@ def read_checkpoint(path):
 
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; expected a checkpoint file")
+    harmless = torch.serialization.safe_globals(_HARMLESS)
     try:
-        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+        with harmless, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file is said in one line
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -206,6 +207,15 @@ def read_checkpoint(path):
     for key, kind, low, high in (("lr", float, 0, 10), ("tfr", float, 0, 1), ("last_epoch", int, -1, 10**9)):
         checkpoint[key] = _figure(checkpoint.get(key), kind, low, high)
     return checkpoint
+
+
+def version(path):
+    """What is another one when a file was written again; None where it is gone."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def is_latest_in(folder, path):

@@ -35,13 +35,15 @@ find = importlib.import_module if sys.argv[1] == "import" else importlib.util.fi
 for package in sys.argv[2:]:
     try:
         found = find({"pillow": "PIL.Image"}.get(package, package))
+        if package == "torch" and sys.argv[1] == "import" and tuple(map(int, found.__version__.split(".")[:2])) < (2, 6):
+            found = None
     except Exception:
         found = None
     if found is None:
         print(package)' "$2" $packages
 }
 complete() { local missing; missing=$(lacking "$1" import) && [ -z "$missing" ]; }
-has_torch() { probe "$1" 'import torch, torchvision'; }
+has_torch() { probe "$1" 'import sys, torch, torchvision; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6))'; }
 shares_torch() { probe "$1" 'import sys, torch, torchvision; sys.exit(torch.__file__.startswith(sys.prefix))'; }
 
 # The state of the requirements that a stamp in .venv records.

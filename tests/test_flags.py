@@ -11,7 +11,7 @@ import pytest
 import torch
 
 if __name__ != "__main__":
-    from conftest import ROOT
+    from conftest import ROOT, in_process
 else:
     from pathlib import Path
 
@@ -174,6 +174,14 @@ def test_the_readme_has_every_flag_once_with_its_defaults():
     expected = table().splitlines()[2:]
     assert len(rows) == len(set(row.split("`")[1] for row in rows)), "a flag is in the table twice"
     assert sorted(rows) == sorted(expected), "python tests/test_flags.py prints the table"
+
+
+@pytest.mark.parametrize("script", [Trainer, Tester])
+def test_an_old_pytorch_is_one_line(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.4.1"))
+    assert in_process(script.main, "--DR", tmp_path, "--save_root", tmp_path / "run", "--ckpt_path", tmp_path / "best.ckpt") == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "PyTorch 2.4.1" in err and "2.6" in err
 
 
 if __name__ == "__main__":

@@ -50,6 +50,29 @@ def test_a_finished_run_says_so(tiny_data, tiny_run, tmp_path, capsys):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
+def test_a_finished_run_that_was_fitted_to_minutes_says_so(tiny_data, tmp_path, capsys):
+    flags = ["--num_epoch", "100000", "--max_minutes", "0.1"]
+    assert train(tiny_data, tmp_path / "run", *flags) == 0
+    before = (tmp_path / "run" / "last.ckpt").read_bytes()
+    assert train(tiny_data, tmp_path / "run", *flags, "--resume") == 0
+    assert "epochs are done" in capsys.readouterr().out and (tmp_path / "run" / "last.ckpt").read_bytes() == before
+
+
+def test_a_checkpoint_that_another_run_has_written_meanwhile_is_not_gone_back_from(tiny_data, tiny_run, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    original = Trainer.VAE_Model.open_data
+
+    def slow(self):
+        shutil.copy(folder / "best.ckpt", folder / "new")
+        (folder / "new").rename(folder / "last.ckpt")  # as a run that is about to stop does
+        original(self)
+
+    monkeypatch.setattr(Trainer.VAE_Model, "open_data", slow)
+    assert train(tiny_data, folder, "--num_epoch", "3", "--resume") == 2
+    assert "last.ckpt: another run has written it" in capsys.readouterr().err
+    assert (folder / "last.ckpt").read_bytes() == (folder / "best.ckpt").read_bytes()
+
+
 def test_from_scratch_where_there_is_nothing_to_resume(tiny_data, tiny_run, tmp_path, capsys):
     assert train(tiny_data, tmp_path / "new", "--resume") == 0
     assert "last.ckpt, so this starts from scratch" in capsys.readouterr().out

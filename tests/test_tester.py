@@ -194,6 +194,15 @@ def test_the_sequence_and_the_frame_are_the_ones_that_went_wrong(tiny_run, tiny_
     assert "sequence 3: frame 7 " in capfd.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_run_that_was_validated_in_another_way_is_said(tiny_run, tmp_path, capsys):
+    checkpoint = torch.load(tiny_run / "best.ckpt", weights_only=True)
+    checkpoint["args"]["z"] = "zero"
+    torch.save(checkpoint, tmp_path / "zero.ckpt")
+    for flags, said in (((), True), (("--z", "zero"), False)):
+        assert in_process(Tester.main, "--ckpt_path", tmp_path / "zero.ckpt", "--save_root", tmp_path / "out", *CPU, *flags) == 0
+        assert ("--z prior: the run was validated with --z zero" in capsys.readouterr().out) == said
+
+
 def test_no_sanity_skips_the_check(tiny_run, tmp_path, monkeypatch):
     def checked(*_):
         raise AssertionError("was checked")
