@@ -223,6 +223,9 @@ def write_report(folders, out):
 def main():
     kind, data, out, jobs, num_epoch, flags = parse(sys.argv[1:])
     turned = {"kl": kl_runs, "tfr": tfr_runs}[kind](num_epoch)
+    if kind == "tfr" and "max_minutes" in flags:
+        starts = " and ".join(words[words.index("--tfr_sde") + 1] for name, words in turned.items() if "decay" in name)
+        say(f"--max_minutes: the decays start in epochs {starts}, as --num_epoch {num_epoch} places them, and runs of fewer epochs don't show them")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, "OUT", "sweep"):

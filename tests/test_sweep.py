@@ -104,16 +104,23 @@ def test_kl_sweep_trains_three_that_differ_in_one_flag_and_reports(project):
 
 @pytest.mark.parametrize("epochs", [5, 70])
 def test_tfr_sweep_shows_its_decays_in_short_runs_too(project, epochs):
-    assert sweep(project, "tfr", "data", "out", "--num_epoch", epochs).returncode == 0
+    done = sweep(project, "tfr", "data", "out", "--num_epoch", epochs)
+    assert done.returncode == 0
     ratios = {name: column(project / "out" / name, "tfr") for name in ("always", "never", "decay_early", "decay_late")}
     assert set(ratios["always"]) == {1} and set(ratios["never"]) == {0}
     for name in ("decay_early", "decay_late"):
         assert ratios[name][0] == 1 and any(0 < r < 1 for r in ratios[name])
     assert ratios["decay_early"][-1] == 0
     assert sum(ratios["decay_late"]) > sum(ratios["decay_early"])
+    assert "--max_minutes" not in done.stdout
     if epochs == 70:  # the template's own: full until epoch 9, gone in epoch 19
         assert ratios["decay_early"][9] == 1 and ratios["decay_early"][10] == pytest.approx(0.9) and ratios["decay_early"][18] > 0
         assert ratios["decay_early"][19] == pytest.approx(0, abs=1e-9)
+
+
+def test_tfr_sweep_by_the_clock_says_where_its_decays_are(project):
+    done = sweep(project, "tfr", "data", "out", "--num_epoch", 14, "--max_minutes", 5)
+    assert done.returncode == 0 and "--max_minutes: the decays start in epochs 8 and 2, " in done.stdout
 
 
 def test_runs_that_are_done_are_skipped(project):
