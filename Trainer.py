@@ -38,8 +38,8 @@ from dataloader import Dataset_Dance, Frames, PictureLoader, WindowLoader, decod
 from devices import check_torch, has_bf16, pick_device, pick_precision
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 from muon import Muon, is_matrix
-from records import (HISTORY, NETWORKS, check_save_root, is_latest_in, load_weights, locked, log_to_tensorboard, make_folder, optimizer_fits,
-                     plot_psnr, read_checkpoint, set_aside, sizes, sweep_leftovers, tensorboard_writer, version, write_checkpoint, write_csv, write_gif)
+from records import (HISTORY, NETWORKS, check_save_root, file_version, is_latest_in, load_weights, locked, log_to_tensorboard, make_folder, optimizer_fits,
+                     plot_psnr, read_checkpoint, set_aside, sizes, sweep_leftovers, tensorboard_writer, write_checkpoint, write_csv, write_gif)
 
 CLIP_NORM = 1.0           # gradient norm, the template's
 FAST_LR = 1.5             # how much larger --fast_train's learning rate is, unless --lr is given
@@ -804,8 +804,9 @@ class VAE_Model(nn.Module):
     def begin(self):
         """Ready the first step: state of a checkpoint or a fresh start, averages, the other ranks, the clock."""
         args = self.args
-        in_use = self.restored and Path(args.ckpt_path).resolve().parent == Path(args.save_root).resolve()
-        if in_use and version(args.ckpt_path) != self.read_version:
+        # the folder's lock is held only now, and decoding may have taken minutes
+        own = self.restored and Path(args.ckpt_path).resolve().parent == Path(args.save_root).resolve()
+        if own and file_version(args.ckpt_path) != self.read_version:
             raise UserError(f"{args.ckpt_path}: another run has written it since it was read here; expected the same command once more")
         # from an earlier checkpoint another line of epochs begins, and the best one of this line must not be lost to it
         goes_on_here = self.steps_done or self.restored and is_latest_in(args.save_root, args.ckpt_path)
@@ -1086,7 +1087,7 @@ class VAE_Model(nn.Module):
         """
         if self.args.ckpt_path is None:
             return
-        self.read_version = version(self.args.ckpt_path)
+        self.read_version = file_version(self.args.ckpt_path)
         loaded = read_checkpoint(self.args.ckpt_path)
         load_weights(self, loaded["state_dict"], self.args.ckpt_path)
         self.ema = self.pool = self.poses = None  # of a stage before this; what is loaded are the weights to validate

@@ -209,7 +209,7 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def version(path):
+def file_version(path):
     """What is another one when a file was written again; None where it is gone."""
     try:
         found = os.stat(path)
