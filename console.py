@@ -63,7 +63,7 @@ def catching_signals(note):
         yield
         return
     before = {number: signal.signal(number, lambda number, frame: note(number)) for number in INTERRUPTED
-              if INTERRUPTED[number] != 129 or signal.getsignal(number) is not signal.SIG_IGN}
+              if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
     finally:
