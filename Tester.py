@@ -18,7 +18,7 @@ import dataloader
 from console import UserError, progress
 from dataloader import cache_folder, cached, frame_transform, to_float
 from devices import check_torch
-from records import atomic, check_save_root, make_folder, read_checkpoint
+from records import atomic, check_save_root, make_folder
 from Trainer import VAE_Model, adopt_settings, require
 
 GIF_TICK = 20  # milliseconds a frame, the template's
@@ -204,21 +204,14 @@ def build_parser():
     return parser
 
 
-def say_other_rollout(args):
-    """Say where the run was validated with another --z or number of --rollouts than the test sequences are rolled out with."""
-    settings = read_checkpoint(args.ckpt_path).get("args")
-    for name in ("z", "rollouts"):
-        validated = settings.get(name) if isinstance(settings, dict) else None
-        if validated not in (None, getattr(args, name)):
-            console.say(f"--{name} {getattr(args, name)}: the run was validated with --{name} {validated}")
-
-
 def main(argv=None):
     check_torch()
     args = build_parser().parse_args(argv)
     require(args, "ckpt_path")
-    adopt_settings(args, FROM_CHECKPOINT)
-    say_other_rollout(args)
+    settings = adopt_settings(args, FROM_CHECKPOINT)
+    for name in ("z", "rollouts"):  # not the checkpoint's to decide, but the score was another way of rolling out
+        if settings.get(name, getattr(args, name)) != getattr(args, name):
+            console.say(f"--{name} {getattr(args, name)}: the run was validated with --{name} {settings[name]}")
     require(args, "DR")
     if args.save_root is None:
         args.save_root = str(Path(args.ckpt_path).parent / "test")

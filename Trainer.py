@@ -1217,7 +1217,7 @@ def build_parser():
 def adopt_settings(args, names=None):
     """Take the settings of the checkpoint at args.ckpt_path for flags that are not on the command line.
 
-    names: the flags to take; None takes all that say what to train. A given flag that differs is said.
+    names: the flags to take; None takes all that say what to train. A given flag that differs is said. Returns all of its settings.
     """
     loaded = read_checkpoint(args.ckpt_path)
     settings = loaded["args"] if isinstance(loaded.get("args"), dict) else {}
@@ -1235,6 +1235,7 @@ def adopt_settings(args, names=None):
     # a flag of the command line that began the run stays one
     before = loaded["resume"].get("given") if isinstance(loaded.get("resume"), dict) else None
     args.given = sorted({*args.given, *(name for name in (before if isinstance(before, list) else ()) if name in names)})
+    return settings
 
 
 def require(args, *flags):

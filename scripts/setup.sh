@@ -43,7 +43,7 @@ for package in sys.argv[2:]:
         print(package)' "$2" $packages
 }
 complete() { local missing; missing=$(lacking "$1" import) && [ -z "$missing" ]; }
-has_torch() { probe "$1" 'import sys, torch, torchvision; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6))'; }
+has_torch() { packages="torch torchvision" complete "$1"; }
 shares_torch() { probe "$1" 'import sys, torch, torchvision; sys.exit(torch.__file__.startswith(sys.prefix))'; }
 
 # The state of the requirements that a stamp in .venv records.
