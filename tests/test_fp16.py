@@ -1,0 +1,58 @@
+"""fp16 with scaled losses, as GPUs without bf16 train. Here on a CPU, which computes the same, slowly."""
+
+import pytest
+import torch
+
+import Trainer
+from conftest import TINY, in_process
+from records import read_checkpoint
+from scripts.kill_test import compare, differences, rows
+
+# a window of 4 with a KL term: the template's recipe, whose KL gradient is large
+FLAGS = [*TINY, "--precision", "auto", "--recipe", "template", "--train_vi_len", "4", "--kl_anneal_cycle", "1", "--frame_H", "8", "--frame_W", "16"]
+
+
+@pytest.fixture(autouse=True)
+def fp16(monkeypatch):
+    """What is picked on a T4."""
+    monkeypatch.setattr(Trainer, "pick_precision", lambda *_: ("fp16", "fp16"))
+
+
+@pytest.mark.parametrize("optim", ["Adam", "Muon"])
+def test_a_gradient_that_overflows_halves_the_scale_and_changes_nothing(optim):
+    model = Trainer.VAE_Model(Trainer.build_parser().parse_args([*FLAGS, "--optim", optim]))
+    img, label = torch.rand(2, 2, 4, 3, 8, 16, generator=torch.Generator().manual_seed(1))
+    model.kl_annealing.get_beta = lambda: 0.0
+    model.training_one_step(img, label, True)
+    assert model.totals[3:].tolist() == [1, 0]
+    before, scale = model.network_state(), model.scaler.get_scale()
+
+    model.kl_annealing.get_beta = lambda: 1.0
+    assert model.training_one_step(img, label, True).isfinite()
+    assert model.totals[3:].tolist() == [1, 1] and model.scaler.get_scale() == scale / 2
+    assert differences(before, model.network_state()) == []
+
+    while model.skipped_in_a_row:
+        model.training_one_step(img, label, True)
+    assert model.totals[3] == 2 and differences(before, model.network_state()) != []
+
+
+def test_a_resumed_run_keeps_the_scale(tiny_data, tmp_path, monkeypatch):
+    def train(folder, *flags):
+        return in_process(Trainer.main, "--DR", tiny_data, "--save_root", folder, *FLAGS, *flags)
+
+    assert train(tmp_path / "whole") == 0
+    step = Trainer.VAE_Model.training_one_step
+
+    def stopped_in_epoch_1(self, *batch):
+        if (self.current_epoch, self.step) == (1, 5):
+            self.note_signal(15)
+        return step(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer.VAE_Model, "training_one_step", stopped_in_epoch_1)
+        assert train(tmp_path / "run") == 143
+    assert train(tmp_path / "run", "--resume") == 0
+    assert compare(tmp_path / "run", tmp_path / "whole") == []
+    assert int(rows(tmp_path / "run" / "history.csv")[1]["skipped_steps"]) > 0
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt")["resume"]["scaler"]["scale"] < 65536
