@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -172,6 +173,18 @@ def plain_cuda():
         matmul.allow_tf32, cudnn.benchmark = before
 
 
+class OperationCounter(TorchDispatchMode):
+    """Counts PyTorch's operations that compute something, views aside; on a GPU each is launched by the host, once or a few times."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
 def wait(device):
     """Let a GPU finish, so that a clock reads the work and not its launch."""
     if device.startswith("cuda"):
@@ -273,7 +286,7 @@ class Bench:
             ways = {who: lambda model=model: model.training_one_step(img, label, forced) for who, model in models.items()}
             row = self.alternate(f"training, {name}, batch {args.batch_size}, window {args.train_vi_len}", ways,
                                  args.batch_size * (args.train_vi_len - 1), self.targets[name])
-            self.count_flops(row, models, lambda model: model.training_one_step(img, label, forced))
+            self.count_work(row, models, lambda model: model.training_one_step(img, label, forced))
 
     def pool(self):
         """The step of the recipe that Trainer.py trains with by default: lanes drawn, one frame predicted, lanes put back."""
@@ -300,7 +313,7 @@ class Bench:
             fast = with_lanes(compiled(args, recipe="pool"))
             ways["compiled"] = lambda: step(fast)
         row = self.alternate(f"training, pool recipe, batch {batch}, window 2", ways, batch, runs=4 * args.runs)
-        self.count_flops(row, {"template": template, "ours": ours},
+        self.count_work(row, {"template": template, "ours": ours},
                          lambda model: model.training_one_step(img, label, True) if model is template else step(model))
 
     def rollout(self):
@@ -320,11 +333,11 @@ class Bench:
         ways = {who: lambda model=model: model.rollout(first, label) for who, model in models.items()}
         count = len(first) * (length - 1)
         row = self.alternate(f"rollout of {len(first)} sequences, {length - 1} frames each", ways, count, self.targets.get("rollout"))
-        self.count_flops(row, models, lambda model: model.rollout(first, label))
+        self.count_work(row, models, lambda model: model.rollout(first, label))
 
-    def count_flops(self, row, models, work):
-        """Add to a row the arithmetic of one call, and the share of the measured matmul peak it ran at."""
-        row["gflop"], row["share_of_peak"] = {}, {}
+    def count_work(self, row, models, work):
+        """Add to a row the arithmetic of one call, the share of the measured matmul peak it ran at, and the operations it is made of."""
+        row["gflop"], row["share_of_peak"], row["operations"] = {}, {}, {}
         if self.peak is None:
             kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
             with plain_cuda():
@@ -334,9 +347,10 @@ class Bench:
             if self.args.device.startswith("cuda"):  # PyTorch's default for convolutions, and so the template's
                 self.peak["tf32"] = matmul_peak(torch.float32, self.args.device)
         for who in ("template", "ours"):
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False) as counter, OperationCounter() as operations:
                 work(models[who])
             row["gflop"][who] = counter.get_total_flops() / 1e9
+            row["operations"][who] = operations.count
         row["gflop"]["compiled"] = row["gflop"]["ours"]
         for who, median in row["median"].items():
             used = "fp32" if who == "template" else self.precision
@@ -542,10 +556,11 @@ def markdown(bench):
                          f"| {seconds_text(row['seconds'][who])} | {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) | {target} |")
     counted = [row for row in bench.timings if "gflop" in row]
     if counted:
-        lines += ["", "| work | whose | frames/s | GFLOP a call | share of matmul peak |", "| --- | --- | --- | --- | --- |"]
+        lines += ["", "| work | whose | frames/s | GFLOP a call | share of matmul peak | operations |", "| --- | --- | --- | --- | --- | --- |"]
     for row in counted:
         for who, median in row["median"].items():
-            lines.append(f"| {row['name']} | {who} | {row['frames'] / median:.1f} | {row['gflop'][who]:.3g} | {row['share_of_peak'][who]:.0%} |")
+            lines.append(f"| {row['name']} | {who} | {row['frames'] / median:.1f} | {row['gflop'][who]:.3g} | {row['share_of_peak'][who]:.0%} "
+                         f"| {format(row['operations'][who], ',') if who in row['operations'] else ''} |")
     if "memory" in extra:
         lines += ["", f"| peak memory of a training step, batch {args.batch_size} | window | MB |", "| --- | --- | --- |"]
         lines += [f"| {row['who']} | {row['window']} | {row['MB']:.0f} |" for row in extra["memory"]]

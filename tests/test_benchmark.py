@@ -36,6 +36,8 @@ def test_every_part_runs_and_both_ways_agree(tmp_path):
     flops = {row["name"]: row["gflop"] for row in found["timings"] if "gflop" in row}
     forced = next(gflop for name, gflop in flops.items() if "teacher forcing" in name)
     assert forced["ours"] < forced["template"]  # no frame is encoded twice
+    operations = [row["operations"] for row in found["timings"] if "operations" in row]
+    assert len(operations) == 4 and all(0 < row["ours"] < row["template"] for row in operations)
     assert 0 < found["matmul_peak_gflops"]["fp32"]
 
     assert found["batches are equal to the bit"]
