@@ -18,6 +18,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -52,6 +53,9 @@ GIF_TICK = 40             # milliseconds a frame, the template's
 # not the label encoder: it is small, and would be compiled once more for the last, shorter block of a rollout
 COMPILED = [name for name in NETWORKS if name != "label_transformation"]
 CPU_PIXELS = 8 * 32 * 64  # what a CPU computes at a time: more gains little and adds up less exactly (docs/PERFORMANCE.md)
+
+# PyTorch takes a first step that is skipped for a wrong order; with fp16, whose scale has to be found, it often is
+warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
 
 
 # ---------------------------------------------------------------- loss and metric

@@ -8,7 +8,7 @@ import torch
 
 import Tester
 import Trainer
-from conftest import TINY, in_process
+from conftest import TINY, in_process, run_cli
 from records import read_checkpoint
 from scripts.kill_test import differences, rows
 
@@ -103,6 +103,12 @@ def test_a_learning_rate_that_nothing_survives(tiny_data, tiny_run, tmp_path, ca
     assert "not finite" in line and "expected" in line
     for path in folder.glob("*.ckpt"):
         assert all(value.isfinite().all() for value in read_checkpoint(path)["state_dict"].values())
+
+
+def test_a_first_step_that_is_skipped_is_no_warning(tiny_data, tmp_path):
+    done = run_cli("Trainer.py", "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, "--num_epoch", 9, "--kl_weight", 1e300)
+    assert done.returncode == 2
+    assert "--kl_weight 1e+300: the loss was not finite" in one_line(done.stderr)
 
 
 # ---------------------------------------------------------------- rollouts
