@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,8 @@ NOISE_MSE = 1e-5          # 50 dB: errors below it hardly count
 GIF_TICK = 40             # milliseconds a frame, the template's
 # not the label encoder: it is small, and would be compiled once more for the last, shorter block of a rollout
 COMPILED = [name for name in NETWORKS if name != "label_transformation"]
+# PyTorch's own error is torch.OutOfMemoryError; others are found by the words of a CPU, cuDNN or cuBLAS, and the driver
+OUT_OF_MEMORY = "can't allocate memory|ALLOC(ATION)?_FAILED|CUDA error: out of memory"
 CPU_PIXELS = 8 * 32 * 64  # what a CPU computes at a time: more gains little and adds up less exactly (docs/PERFORMANCE.md)
 
 # PyTorch takes a first step that is skipped for a wrong order; with fp16, whose scale has to be found, it often is
@@ -250,7 +252,7 @@ def enough_memory(flag, instead):
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not re.search("DefaultCPUAllocator: can't allocate|STATUS_ALLOC_FAILED", str(error)):
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
         raise UserError(f"{flag}: needs more memory than the device has free; expected {instead}") from None
 
@@ -461,7 +463,6 @@ class VAE_Model(nn.Module):
 
     # ------------------------------------------------------------ the rollout: figure 2 (b)
 
-    @torch.inference_mode()
     def rollout(self, first, label, on_block=None):
         """Generate a sequence from its first frame and its poses; validation and testing share it.
 
@@ -479,7 +480,9 @@ class VAE_Model(nn.Module):
         previous = first.to(device).repeat_interleave(args.rollouts, 0)
         blocks = []
         room = enough_memory(f"--rollouts {args.rollouts}, {count} sequence(s) of {label.shape[-1]}x{label.shape[-2]}", "fewer, or --device cpu")
-        with room, evaluating(self), self.autocast():
+        # inference mode costs least, but there autocast would cast every weight again for every frame
+        without_gradient = torch.inference_mode() if self.precision == "fp32" else torch.no_grad()
+        with room, evaluating(self), self.autocast(), without_gradient:
             for start in range(1, length, ROLLOUT_BLOCK):
                 # (S, t, 3, H, W) -> (t, S, L_dim, H, W); every sequence as often as it is rolled out
                 poses = label[:, start:start + ROLLOUT_BLOCK].transpose(0, 1).to(device)
@@ -853,7 +856,8 @@ class VAE_Model(nn.Module):
                 self.board = tensorboard_writer()(str(Path(args.save_root) / "tensorboard"))
         say(f"{args.device}, {self.precision_reason}; {self.train_frames} training frames"
             + (f" in {len(self.pool.clips) - 1} clips" if self.pool else "") + f", {self.steps_in(self.current_epoch)} steps an epoch")
-        self.compile_networks()
+        if self.compiles:
+            self.compile_networks()
         if args.max_minutes and self.current_epoch < args.num_epoch:
             self.fit_to_time()
 
@@ -889,11 +893,14 @@ class VAE_Model(nn.Module):
             network = getattr(self, name)
             network._compiled_call_impl = compiled_call(network, dynamic=False if self.args.train_vi_len == 2 else None)
 
+    @property
+    def compiles(self):
+        """Whether training has its networks compiled: on CUDA. On a CPU it does not pay (docs/PERFORMANCE.md)."""
+        return self.device.type == "cuda" and not self.args.no_compile
+
     def compile_networks(self):
-        """torch.compile the networks of COMPILED on CUDA; on a CPU it does not pay (docs/PERFORMANCE.md)."""
+        """torch.compile the networks of COMPILED, by a step and a short rollout that leave no trace; where that fails, go on without."""
         args = self.args
-        if args.no_compile or self.device.type != "cuda":
-            return
         say("compiling the networks (off with --no_compile)")
         state = copy.deepcopy(self.training_state())
         settings = torch._dynamo.config
@@ -905,7 +912,7 @@ class VAE_Model(nn.Module):
             shape = (args.batch_size, args.train_vi_len, 3, args.frame_H, args.frame_W)
             for taught in (True, False) if args.train_vi_len > 2 else (True,):
                 self.training_one_step(torch.rand(shape), torch.rand(shape), taught)
-            with self.validated_weights():
+            with self.validated_weights(), suppress(UserError):  # poses of noise may overflow, and the networks are compiled all the same
                 self.rollout(torch.rand(shape)[:1, 0], torch.rand(shape)[:1, :1].expand(1, 3, -1, -1, -1))
         except torch.OutOfMemoryError:
             raise
@@ -1265,6 +1272,9 @@ def join_processes(args):
         args.device = "cpu"
     elif args.device in (None, "cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif args.device.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise UserError(f"--device {args.device}: can't be shared by {os.environ['LOCAL_WORLD_SIZE']} processes; expected --device cuda, "
+                        f"which gives each its own")
     device = pick_device(args.device)
     # a rank waits for rank 0's validation, which may be long
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))

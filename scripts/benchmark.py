@@ -383,8 +383,9 @@ class Bench:
                 ways = {f"ours, {name}": lambda forced=forced: model.training_one_step(img, label, forced)
                         for name, forced in (("teacher forcing", True), ("own frames", False))}
                 try:
-                    row = self.alternate(f"growth, batch {b}, window {t}, frame {h}x{w}", ways, runs=max(1, args.runs // 2))
-                except torch.OutOfMemoryError:
+                    with Trainer.enough_memory("growth", "smaller sizes"):
+                        row = self.alternate(f"growth, batch {b}, window {t}, frame {h}x{w}", ways, runs=max(1, args.runs // 2))
+                except UserError:
                     print(f"growth: no room for batch {b}, window {t}, frame {h}x{w}", file=sys.stderr)
                     model.optim.zero_grad(set_to_none=True)
                     continue

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, in_process
 from torch._dynamo.utils import counters
 
 import Trainer
@@ -23,14 +23,44 @@ def trained(flags, compiled):
         return graphs, torch.stack(losses), model.rollout(img[:1, 0], label[:1, :1].expand(1, 4, -1, -1, -1))
 
 
-@pytest.mark.parametrize("flags", [["--train_vi_len", "2"], ["--recipe", "template", "--train_vi_len", "3"]])
-def test_each_network_is_one_graph(flags, monkeypatch):
+@pytest.fixture(autouse=True)
+def plain_backend(monkeypatch):
+    """Compiled graphs that run as they are: what is tested needs no kernels built."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
+    settings = torch._dynamo.config
+    with settings.patch(suppress_errors=False, optimize_ddp=settings.optimize_ddp, cache_size_limit=settings.cache_size_limit):
+        yield
+
+
+@pytest.mark.parametrize("flags", [["--train_vi_len", "2"], ["--recipe", "template", "--train_vi_len", "3"]])
+def test_each_network_is_one_graph(flags):
     graphs, losses, frames = trained(flags, compiled=True)
     if flags[1] == "2":  # longer windows meet other sizes
         assert graphs == len(Trainer.COMPILED)
     _, plain_losses, plain_frames = trained(flags, compiled=False)
     torch.testing.assert_close(losses, plain_losses, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(frames, plain_frames, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_training_has_its_networks_compiled(precision, tiny_data, tmp_path, monkeypatch, capsys):
+    """Also in fp16, where the poses of noise that it is tried on give frames that are not finite."""
+    monkeypatch.setattr(Trainer, "pick_precision", lambda *_: (precision, precision))
+    monkeypatch.setattr(Trainer.VAE_Model, "compiles", True)
+    small = ["--frame_H", "8", "--frame_W", "16", "--num_epoch", "1", "--batch_size", "8"]
+    assert in_process(Trainer.main, "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, *small) == 0
+    said = capsys.readouterr().out
+    assert "compiling the networks" in said and "does not work here" not in said
+    assert counters["stats"]["unique_graphs"] >= len(Trainer.COMPILED)
+
+
+def test_without_a_compiler_training_goes_on(tiny_data, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise ImportError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile.func, backend=broken))
+    monkeypatch.setattr(Trainer.VAE_Model, "compiles", True)
+    assert in_process(Trainer.main, "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY) == 0
+    assert "torch.compile does not work here" in capsys.readouterr().out

@@ -126,6 +126,14 @@ def test_torchrun_does_not_take_the_cpu_for_cuda(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+def test_one_gpu_is_not_for_several_processes(tmp_path, monkeypatch):
+    for name, value in dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(console.UserError, match="--device cuda:0: can't be shared by 2 processes"):
+        Trainer.main(["--save_root", str(tmp_path / "out"), "--DR", "d", "--device", "cuda:0"])
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("program", PARSERS)
 def test_a_flag_beats_the_recipe_and_the_recipe_beats_the_template(program):
     parse = PARSERS[program]().parse_args

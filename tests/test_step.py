@@ -5,12 +5,14 @@ that is the same arithmetic as the loop of the assignment's figure, so loss and 
 """
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import Trainer
 from modules import Gaussian_Predictor
@@ -198,6 +200,28 @@ def test_both_ends_of_the_network_stay_in_float32_in_mixed_precision(window):
     frames = mixed.rollout(img[:, 0], label)
     assert (frames != frames.bfloat16()).any()
     assert mixed.state_dict().keys() == build().state_dict().keys()
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each parameter is cast."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.names, self.seen = {id(p): name for name, p in model.named_parameters()}, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype):
+            self.seen[self.names.get(id(args[0]))] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_rollout_in_mixed_precision_casts_each_weight_once(sequence):
+    img, label = sequence
+    model = build("--precision", "bf16")
+    with Casts(model) as casts:
+        model.rollout(img[:, 0], label[:, :20])
+    del casts.seen[None]
+    assert len(casts.seen) > 100 and set(casts.seen.values()) == {1}
 
 
 def test_z_is_drawn_anew_at_every_step(sequence):

@@ -1,5 +1,6 @@
 """A training step on a GPU reads nothing back from it. Shown without a GPU, on tensors that have a shape and a device but no values."""
 
+import dataloader
 import pytest
 import torch
 import Trainer
@@ -47,12 +48,15 @@ def give_gradients(model):
 
 @pytest.fixture(autouse=True)
 def values_are_not_needed():
-    """Skips where PyTorch asks the driver for the device of a tensor without values, as 2.6 does."""
+    """Skips where PyTorch asks the driver for the device of a tensor without values, as 2.6 does. What is kept without values is forgotten."""
     try:
         with FakeTensorMode():
             torch.ones(2, 3, 4, 4, device="cuda").contiguous(memory_format=torch.channels_last)
     except RuntimeError as error:
         pytest.skip(f"this PyTorch needs a GPU for it: {str(error).splitlines()[0]}")
+    dataloader._white.cache_clear()
+    yield
+    dataloader._white.cache_clear()
 
 
 @pytest.mark.parametrize("flags", [[], ["--optim", "AdamW"], ["--train_vi_len", "4"], ["--recipe", "template", "--train_vi_len", "4"]])
