@@ -314,7 +314,7 @@ class Bench:
             ways["compiled"] = lambda: step(fast)
         row = self.alternate(f"training, pool recipe, batch {batch}, window 2", ways, batch, runs=4 * args.runs)
         self.count_work(row, {"template": template, "ours": ours},
-                         lambda model: model.training_one_step(img, label, True) if model is template else step(model))
+                        lambda model: model.training_one_step(img, label, True) if model is template else step(model))
 
     def rollout(self):
         """Five sequences from their first frames and poses."""

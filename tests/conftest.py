@@ -50,3 +50,18 @@ def in_process(main, *args):
     with pytest.raises(SystemExit) as ended:
         console.run(lambda: main([str(arg) for arg in args]))
     return ended.value.code
+
+
+def send_at(monkeypatch, method, call, number):
+    """Send this process a signal when a method of the model is called for the `call`th time."""
+    import Trainer
+
+    original, calls = getattr(Trainer.VAE_Model, method), []
+
+    def wrapped(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer.VAE_Model, method, wrapped)

@@ -1,10 +1,12 @@
 """fp16 with scaled losses, as GPUs without bf16 train. Here on a CPU, which computes the same, slowly."""
 
+import signal
+
 import pytest
 import torch
 
 import Trainer
-from conftest import TINY, in_process
+from conftest import TINY, in_process, send_at
 from records import read_checkpoint
 from scripts.kill_test import compare, differences, rows
 
@@ -42,15 +44,8 @@ def test_a_resumed_run_keeps_the_scale(tiny_data, tmp_path, monkeypatch):
         return in_process(Trainer.main, "--DR", tiny_data, "--save_root", folder, *FLAGS, *flags)
 
     assert train(tmp_path / "whole") == 0
-    step = Trainer.VAE_Model.training_one_step
-
-    def stopped_in_epoch_1(self, *batch):
-        if (self.current_epoch, self.step) == (1, 5):
-            self.note_signal(15)
-        return step(self, *batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer.VAE_Model, "training_one_step", stopped_in_epoch_1)
+        send_at(patch, "training_one_step", 14, signal.SIGTERM)  # the sixth of eight steps of epoch 1
         assert train(tmp_path / "run") == 143
     assert train(tmp_path / "run", "--resume") == 0
     assert compare(tmp_path / "run", tmp_path / "whole") == []

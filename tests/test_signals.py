@@ -10,7 +10,7 @@ import pytest
 
 import Trainer
 import dataloader
-from conftest import ROOT, TINY, in_process
+from conftest import ROOT, TINY, in_process, send_at
 from scripts.kill_test import compare
 
 RECIPES = {"pool": (), "template": ("--recipe", "template", "--train_vi_len", "4", "--tfr", "0.6")}
@@ -26,19 +26,6 @@ def whole(tiny_data, tiny_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "template"
     assert train(tiny_data, folder, *RECIPES["template"]) == 0
     return {"pool": tiny_run, "template": folder}
-
-
-def send_at(monkeypatch, method, call, number):
-    """Send this process a signal when a method of the model is called for the `call`th time."""
-    original, calls = getattr(Trainer.VAE_Model, method), []
-
-    def wrapped(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), number)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer.VAE_Model, method, wrapped)
 
 
 @pytest.mark.parametrize("recipe, method, call, number, status", [
