@@ -33,14 +33,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
-import console
-from console import Stopped, UserError, progress, say
-from dataloader import Dataset_Dance, Frames, PictureLoader, WindowLoader, decode, find_clips, frame_transform
-from devices import check_torch, has_bf16, pick_device, pick_precision
+from utils import cli
+from utils import options
+from utils.cli import Stopped, UserError, progress, say
+from dataloader import Dataset_Dance, Frames, ImageLoader, WindowLoader, find_clips, frame_transform
+from utils.frame_cache import decode
+from utils.hardware import check_torch, has_bf16, pick_device, pick_precision
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
-from muon import Muon, is_matrix
-from records import (HISTORY, NETWORKS, check_save_root, file_version, is_latest_in, load_weights, locked, log_to_tensorboard, make_folder, optimizer_fits,
-                     plot_psnr, read_checkpoint, set_aside, sizes, sweep_leftovers, tensorboard_writer, write_checkpoint, write_csv, write_gif)
+from utils.muon import Muon, is_matrix
+from utils.checkpoint import NETWORKS, file_version, is_latest_in, load_weights, optimizer_fits, read_checkpoint, sizes, write_checkpoint
+from utils.files import check_save_root, locked, make_folder, set_aside, sweep_leftovers, write_csv
+from utils.logger import HISTORY, log_to_tensorboard, plot_psnr, tensorboard_writer, write_gif
 
 CLIP_NORM = 1.0           # gradient norm, the template's
 FAST_LR = 1.5             # how much larger --fast_train's learning rate is, unless --lr is given
@@ -95,7 +98,7 @@ class kl_annealing:
     def __init__(self, args, current_epoch=0):
         args = build_parser().fill(copy.copy(args))
         try:
-            kind = console.kl_anneal_type(args.kl_anneal_type)
+            kind = options.kl_anneal_type(args.kl_anneal_type)
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--kl_anneal_type: {error}") from None
         if args.kl_anneal_cycle < 1:
@@ -626,7 +629,7 @@ class VAE_Model(nn.Module):
         order = range(self.rank, len(dataset) - len(dataset) % self.world, self.world)[skip * args.batch_size:]
         if dataset.frames is not None:
             return WindowLoader(dataset, args.batch_size, order)
-        return PictureLoader(dataset, args.batch_size, sampler=order, drop_last=True, num_workers=min(args.num_workers, os.cpu_count() or 1))
+        return ImageLoader(dataset, args.batch_size, sampler=order, drop_last=True, num_workers=min(args.num_workers, os.cpu_count() or 1))
 
     def check_batch_size(self, windows):
         """UserError where a batch holds more than there is to draw from: the pool's lanes, or this many windows."""
@@ -642,7 +645,7 @@ class VAE_Model(nn.Module):
         dataset = self.dataset("val", self.args.val_vi_len)
         if dataset.frames is not None:
             return WindowLoader(dataset, 1)
-        return PictureLoader(dataset, 1, num_workers=min(1, self.args.num_workers))
+        return ImageLoader(dataset, 1, num_workers=min(1, self.args.num_workers))
 
     def steps_in(self, epoch):
         """Training steps of an epoch on this rank."""
@@ -686,16 +689,16 @@ class VAE_Model(nn.Module):
     def training_stage(self):
         """Train from the current epoch to the last; after each, validate, record and save.
 
-        A signal of console.INTERRUPTED saves last.ckpt and raises Stopped. UserError for data that can't be used, a
+        A signal of cli.INTERRUPTED saves last.ckpt and raises Stopped. UserError for data that can't be used, a
         save_root that another run holds, and losses that stay non-finite.
         """
         self.began = self.began or time.monotonic()
         self.set_up_training()
-        with console.catching_signals(console.stop):
+        with cli.catching_signals(cli.stop):
             self.open_data()
         make_folder(self.args.save_root)
         room = enough_memory(f"--batch_size {self.args.batch_size}", "a smaller one, or --checkpoint_steps for long windows")
-        with room, locked(self.args.save_root) if self.rank == 0 else nullcontext(), console.catching_signals(self.note_signal):
+        with room, locked(self.args.save_root) if self.rank == 0 else nullcontext(), cli.catching_signals(self.note_signal):
             try:
                 self.begin()
                 while self.current_epoch < self.args.num_epoch:
@@ -1029,7 +1032,7 @@ class VAE_Model(nn.Module):
             "totals": self.totals, "learning_rate_sum": self.learning_rate_sum, "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds, "share_done": self.share_done(), "best_psnr": self.best_psnr,
             "history": [dict(row) for row in self.history], "train_frames": self.train_frames, "precision": self.precision,
-            "num_epoch": self.args.num_epoch, "asked_epochs": self.asked_epochs, "given": sorted(set(self.args.given) - console.OF_THE_MACHINE),
+            "num_epoch": self.args.num_epoch, "asked_epochs": self.asked_epochs, "given": sorted(set(self.args.given) - options.OF_THE_MACHINE),
             "device": self.device.type, "ranks": ranks,
         }
 
@@ -1091,7 +1094,7 @@ class VAE_Model(nn.Module):
         print(f"saved {path}")
 
     def load_checkpoint(self):
-        """Load --ckpt_path where it is given: ours, the template's, or another's (see `records.read_checkpoint`).
+        """Load --ckpt_path where it is given: ours, the template's, or another's (see `read_checkpoint`).
 
         Sets the weights, args.lr, tfr, current_epoch (the one after the checkpoint's last), kl_annealing and the
         optimizer. A training stage that follows goes on exactly where a checkpoint of ours was written.
@@ -1220,7 +1223,7 @@ class Clock:
 
 def build_parser():
     """The flags of Trainer.py."""
-    parser = console.build_parser("Trainer.py", "Train the pose-conditioned VAE, or validate a checkpoint with --test.")
+    parser = options.build_parser("Trainer.py", "Train the pose-conditioned VAE, or validate a checkpoint with --test.")
     parser.add_argument("--store_visualization", action="store_true", help="keep a GIF and a PSNR plot of every epoch's validation")
     return parser
 
@@ -1233,9 +1236,9 @@ def adopt_settings(args, names=None):
     loaded = read_checkpoint(args.ckpt_path)
     settings = loaded["args"] if isinstance(loaded.get("args"), dict) else {}
     settings = build_parser().accept({**settings, **sizes(loaded)}, args.ckpt_path)
-    names = settings.keys() - console.OF_THE_MACHINE if names is None else names & settings.keys()
+    names = settings.keys() - options.OF_THE_MACHINE if names is None else names & settings.keys()
     if "recipe" in args.given and settings.get("recipe") != args.recipe:
-        names = names - console.RECIPES["pool"].keys()  # another recipe was asked for: what it sets stays
+        names = names - options.RECIPES["pool"].keys()  # another recipe was asked for: what it sets stays
     for name in sorted(names):
         if name not in args.given:
             setattr(args, name, settings[name])
@@ -1284,7 +1287,7 @@ def join_processes(args):
 def leave(status):
     """Exit. After an error that the other ranks may not have had, at once: ending their group in good order would wait for them."""
     if dist.is_available() and dist.is_initialized():
-        if status not in (0, *console.INTERRUPTED.values()):
+        if status not in (0, *cli.INTERRUPTED.values()):
             sys.stdout.flush()
             os._exit(status)
         dist.destroy_process_group()
@@ -1313,7 +1316,7 @@ def main(argv=None):
         say(f"--resume: there is no {last}, so this starts from " + (args.ckpt_path or "scratch"))
     if args.test:
         if rank == 0:
-            with console.catching_signals(console.stop):
+            with cli.catching_signals(cli.stop):
                 psnr, root = model.eval(), Path(args.save_root)
                 if (root / "history.csv").exists():  # a run's own files are of its best epoch
                     root = make_folder(root / "test")
@@ -1326,4 +1329,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    console.run(main, leave)
+    cli.run(main, leave)

@@ -9,31 +9,21 @@ whenever it is asked for. Given a `Frames` (every picture decoded and resized on
 batches are bit for bit the same.
 """
 
-import functools
-import hashlib
-import json
 import os
 import re
-import secrets
 import signal
-import tempfile
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from console import INTERRUPTED, UserError, progress
+from utils.cli import INTERRUPTED, UserError
+from utils.frame_cache import cache_folder, cached, read_image, to_float
 
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
-MAX_PIXELS = 64_000_000  # a picture that claims more is a mistake or an attack (a 30 KB PNG can claim 10 GB)
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # said by read_picture, in one line
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 # ---------------------------------------------------------------- pictures
@@ -43,27 +33,7 @@ def frame_transform(frame_H, frame_W):
     return transforms.Compose([transforms.Resize((frame_H, frame_W)), transforms.ToTensor()])
 
 
-def read_picture(path):
-    """A picture file as a PIL image in RGB. UserError names a file that can't be read as one."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{path}: the picture claims {image.width}x{image.height} pixels; expected at most {MAX_PIXELS:,}")
-            if image.mode.startswith("I"):  # 16 bits a channel: convert("RGB") would clip instead of scaling
-                scaled = np.asarray(image, dtype=np.float64) / 257
-                return Image.fromarray(np.rint(scaled.clip(0, 255)).astype(np.uint8)).convert("RGB")
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            return image.convert("RGB")
-    except UserError:
-        raise
-    except Image.DecompressionBombError:
-        raise UserError(f"{path}: the picture claims more than {MAX_PIXELS:,} pixels") from None
-    except Exception as error:  # Pillow raises many kinds for broken files: OSError, SyntaxError, ValueError, struct.error
-        raise UserError(f"{path}: can't be read as a picture ({type(error).__name__}: {error}); expected a PNG") from None
-
-
-def picture_number(path):
+def image_number(path):
     """The one integer in a picture's name ("12.png", "frame12.png")."""
     numbers = re.findall(r"\d+", path.stem)
     if len(numbers) != 1:
@@ -71,7 +41,7 @@ def picture_number(path):
     return int(numbers[0])
 
 
-def list_pictures(folder):
+def list_images(folder):
     """The pictures of a folder, in the order of the integers in their names. Hidden and other files are passed over."""
     folder = Path(folder)
     try:
@@ -82,9 +52,9 @@ def list_pictures(folder):
         raise UserError(f"{folder}: {error.strerror or error}; expected a folder of pictures") from None
     numbered = {}
     for path in sorted(paths):
-        if path.suffix.lower() not in PICTURES:
+        if path.suffix.lower() not in IMAGES:
             continue
-        other = numbered.setdefault(picture_number(path), path)
+        other = numbered.setdefault(image_number(path), path)
         if other != path:
             raise UserError(f"{path}: has the same number as {other.name}; expected one picture a number")
     if not numbered:
@@ -94,9 +64,9 @@ def list_pictures(folder):
 
 def list_pairs(root, mode):
     """Frames and pose pictures of the train or val split, pair by pair in order: two equally long lists of paths."""
-    frames = list_pictures(Path(root) / mode / f"{mode}_img")
-    labels = list_pictures(Path(root) / mode / f"{mode}_label")
-    frame_numbers, label_numbers = ({picture_number(p): p for p in paths} for paths in (frames, labels))
+    frames = list_images(Path(root) / mode / f"{mode}_img")
+    labels = list_images(Path(root) / mode / f"{mode}_label")
+    frame_numbers, label_numbers = ({image_number(p): p for p in paths} for paths in (frames, labels))
     for number in sorted(frame_numbers.keys() ^ label_numbers.keys()):
         if number in frame_numbers:
             raise UserError(f"{frame_numbers[number]}: has no pose picture; expected {labels[0].parent / frame_numbers[number].name}")
@@ -109,10 +79,10 @@ def list_test_sequences(root):
     image_root, label_root = Path(root) / "test" / "test_img", Path(root) / "test" / "test_label"
     sequences = []
     for folder in list_number_folders(image_root):
-        firsts = list_pictures(folder)
+        firsts = list_images(folder)
         if len(firsts) != 1:
             raise UserError(f"{folder}: holds {len(firsts)} pictures; expected one, the first frame of the sequence")
-        sequences.append((firsts[0], list_pictures(label_root / folder.name)))
+        sequences.append((firsts[0], list_images(label_root / folder.name)))
     extra = {path.name for path in list_number_folders(label_root)} - {labels[0].parent.name for _, labels in sequences}
     if extra:
         raise UserError(f"{label_root / min(extra)}: has no first frame; expected one in {image_root / min(extra)}")
@@ -130,86 +100,7 @@ def list_number_folders(root):
     return sorted(folders, key=lambda path: int(path.name))
 
 
-# ---------------------------------------------------------------- the cache of decoded frames
-
-def decode(paths, frame_H, frame_W, workers=4, out=None, desc="decoding"):
-    """Pictures to uint8 (N, 3, frame_H, frame_W), resized as `frame_transform` does, with a progress bar."""
-    if out is None:
-        out = np.empty((len(paths), 3, frame_H, frame_W), np.uint8)
-    resize = transforms.Resize((frame_H, frame_W))
-
-    def decode_one(i):
-        out[i] = np.asarray(resize(read_picture(paths[i]))).transpose(2, 0, 1)
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow releases the GIL while it decodes and resizes
-        try:
-            for _ in progress(pool.map(decode_one, range(len(paths))), total=len(paths), desc=desc, unit="picture", leave=False,
-                              delay=1):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return out
-
-
-def fingerprint(paths, frame_H, frame_W):
-    """A key that changes with any picture's name, size or time of change, with the frame shape and with Pillow."""
-    try:
-        stats = [(f"{path.parent.name}/{path.name}", status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; expected a readable picture") from None
-    described = json.dumps([PIL.__version__, frame_H, frame_W, str(paths[0].parent.resolve()), stats])
-    return hashlib.sha256(described.encode()).hexdigest()[:20]
-
-
-def cache_folder(root, cache_dir=None):
-    """--cache_dir, else `.frame_cache` beside the data, else the user's cache folder; None where none can be written."""
-    wanted = Path(cache_dir) if cache_dir else Path(root) / ".frame_cache"
-    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pose-conditioned-vae"
-    for folder in [wanted] if cache_dir else [wanted, user]:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError as error:
-            problem = error.strerror or error
-    if cache_dir:
-        raise UserError(f"--cache_dir {cache_dir}: {problem}; expected a folder that can be written, or --no_cache")
-    return None
-
-
-def cached(paths, frame_H, frame_W, folder, workers=4, desc="decoding"):
-    """The uint8 array of `decode`, memory-mapped from `folder`; made there first where it is not up to date.
-
-    Two processes may build it at once: each writes a file of its own and renames it; readers see a whole file or none.
-    The map is copy-on-write, which keeps torch quiet about read-only memory; nothing is ever written to it.
-    """
-    key, shape = fingerprint(paths, frame_H, frame_W), (len(paths), 3, frame_H, frame_W)
-    if folder is None:
-        return decode(paths, frame_H, frame_W, workers, desc=desc)
-    path = Path(folder) / f"{key}.npy"
-    try:
-        array = np.lib.format.open_memmap(path, mode="c")
-        if array.shape == shape and array.dtype == np.uint8:
-            return array
-    except Exception:  # not there yet, or damaged, which NumPy reports in many ways: made anew
-        pass
-    aside = path.with_suffix(f".{secrets.token_hex(6)}.part")
-    try:
-        array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint8, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # a disk that fills up under a memory map is a SIGBUS
-            with open(aside, "rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
-        decode(paths, frame_H, frame_W, workers, array, desc)
-        array.flush()
-        os.replace(aside, path)
-        return np.lib.format.open_memmap(path, mode="c")
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}; expected room for the frame cache, another --cache_dir, or --no_cache") from None
-    finally:
-        with suppress(OSError):  # a path that can't be there has nothing to remove either
-            aside.unlink()
-
+# ---------------------------------------------------------------- decoded splits
 
 class Frames:
     """Every frame and pose picture of a train or val split, uint8 (N, 3, H, W), on one device.
@@ -240,17 +131,6 @@ class Frames:
         if starts == list(range(first, end, length)):
             return tuple(to_float(pictures[first:end]).unflatten(0, (len(starts), length)) for pictures in (self.imgs, self.labels))
         return self.take(torch.tensor(starts)[:, None] + torch.arange(length))
-
-
-def to_float(pictures):
-    """uint8 to float32 in [0, 1], bit for bit as ToTensor does it on the CPU."""
-    return torch.empty(pictures.shape, device=pictures.device).copy_(pictures).div_(_white(pictures.device))
-
-
-@functools.cache
-def _white(device):
-    """255 as a tensor: by a number CUDA would not divide but multiply by 1 / 255, which rounds in another way."""
-    return torch.full((), 255.0, device=device)
 
 
 # ---------------------------------------------------------------- cuts
@@ -326,7 +206,7 @@ class Dataset_Dance(Dataset):
 
     def read(self, paths):
         """Decoded and transformed pictures, (len(paths), 3, H, W)."""
-        return torch.stack([self.transform(read_picture(path)) for path in paths])
+        return torch.stack([self.transform(read_image(path)) for path in paths])
 
 
 def _quiet(worker):
@@ -348,7 +228,7 @@ def no_signals():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class PictureLoader(DataLoader):
+class ImageLoader(DataLoader):
     """A DataLoader whose workers' UserErrors arrive as they were raised, not inside a traceback."""
 
     def __init__(self, dataset, batch_size, **options):

@@ -18,9 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmark import machine  # noqa: E402
-from console import OF_THE_MACHINE, Parser, UserError, number, progress, run, say  # noqa: E402
+from utils.cli import Parser, UserError, number, progress, run, say  # noqa: E402
+from utils.options import OF_THE_MACHINE# noqa: E402
 from dataloader import list_pairs  # noqa: E402
-from records import make_folder, read_checkpoint  # noqa: E402
+from utils.checkpoint import read_checkpoint  # noqa: E402
+from utils.files import make_folder  # noqa: E402
 from Trainer import build_parser as build_trainer_parser  # noqa: E402
 
 # name: the flags in which a setting differs from the default recipe, without --fast_train

@@ -38,9 +38,11 @@ from torchvision.datasets.folder import default_loader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import Trainer
-from console import Parser, UserError, device_name, number, progress, run
-from dataloader import Dataset_Dance, Frames, WindowLoader, find_clips, frame_transform, list_pairs, list_test_sequences, read_picture
-from devices import pick_device
+from utils.cli import Parser, UserError, number, progress, run
+from utils.options import device_name
+from dataloader import Dataset_Dance, Frames, WindowLoader, find_clips, frame_transform, list_pairs, list_test_sequences
+from utils.frame_cache import read_image
+from utils.hardware import pick_device
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 
 PARTS = ("data", "training", "pool", "rollout", "memory", "growth", "equality")
@@ -207,7 +209,7 @@ class Bench:
         """Frames and poses (batch, length, 3, H, W), float32 in [0, 1], from the start of the training data, over and over."""
         H, W = shape or (self.args.frame_H, self.args.frame_W)
         transform, index = frame_transform(H, W), [i % self.count for i in range(batch * length)]
-        pictures = [torch.stack([transform(read_picture(paths[i])) for i in sorted(set(index))]) for paths in self.pairs]
+        pictures = [torch.stack([transform(read_image(paths[i])) for i in sorted(set(index))]) for paths in self.pairs]
         return tuple(p[torch.tensor(index)].unflatten(0, (batch, length)) for p in pictures)
 
     def alternate(self, name, ways, frames=0, target=None, runs=None):
@@ -322,8 +324,8 @@ class Bench:
         transform, length = frame_transform(args.frame_H, args.frame_W), args.rollout_frames + 1
         sequences = list_test_sequences(self.root)[:5]
         length = min(length, *(len(poses) for _, poses in sequences))
-        first = torch.stack([transform(read_picture(frame)) for frame, _ in sequences])
-        label = torch.stack([torch.stack([transform(read_picture(path)) for path in poses[:length]]) for _, poses in sequences])
+        first = torch.stack([transform(read_image(frame)) for frame, _ in sequences])
+        label = torch.stack([torch.stack([transform(read_image(path)) for path in poses[:length]]) for _, poses in sequences])
         ours = our_model(args)
         models = {"template": template_model(args, ours), "ours": ours}
         for model in models.values():

@@ -14,14 +14,15 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from console import Parser, UserError, number, run  # noqa: E402
-from dataloader import decode, list_pictures  # noqa: E402
-from Tester import check_submission  # noqa: E402
+from utils.cli import Parser, UserError, number, run  # noqa: E402
+from dataloader import list_images  # noqa: E402
+from utils.frame_cache import decode  # noqa: E402
+from utils.submission import check_submission  # noqa: E402
 
 
 def score(pixels, folder, sequences, frames, height, width):
     """PSNR of every predicted frame, (sequences, frames - 1): the given first frame is not among them."""
-    files = [list_pictures(Path(folder) / str(sequence)) for sequence in range(sequences)]
+    files = [list_images(Path(folder) / str(sequence)) for sequence in range(sequences)]
     for names in files:
         if len(names) != frames:
             raise UserError(f"{names[0].parent}: holds {len(names)} pictures; expected {frames}, one a frame")

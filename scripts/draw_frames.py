@@ -9,9 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-from console import Parser, UserError, number, run  # noqa: E402
+from utils.cli import Parser, UserError, number, run  # noqa: E402
 from make_report import plt, read_rollout  # noqa: E402
-from records import atomic  # noqa: E402
+from utils.files import atomic  # noqa: E402
 
 
 def draw(rollout, frames, scale, path):

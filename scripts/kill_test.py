@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from console import Parser, number, progress, run, say  # noqa: E402
+from utils.cli import Parser, number, progress, run, say  # noqa: E402
 
 TINY = ("--frame_H", "16", "--frame_W", "32", "--F_dim", "16", "--L_dim", "8", "--N_dim", "4", "--D_out_dim", "16",
         "--val_vi_len", "20", "--num_epoch", "3", "--device", "cpu")

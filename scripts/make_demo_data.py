@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from console import INTERRUPTED, Parser, UserError, number, progress, run
+from utils.cli import INTERRUPTED, Parser, UserError, number, progress, run
 
 VERSION = 1  # raise it when the pictures change: a folder drawn by another version is not taken for this one
 WIDTH, HEIGHT = 160, 80  # not a multiple of 64x32, so that resizing is exercised

@@ -26,9 +26,9 @@ from PIL import Image, ImageSequence
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import plot_runs
-from console import Parser, UserError, run
+from utils.cli import Parser, UserError, run
 from plot_runs import load_runs, plt, summarise, write
-from records import make_folder
+from utils.files import make_folder
 from report_page import PAGE
 
 ROOT = Path(__file__).resolve().parent.parent

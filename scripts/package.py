@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from console import Parser, UserError, run  # noqa: E402
+from utils.cli import Parser, UserError, run  # noqa: E402
 
 TOP_FILES = {"README.md", "LICENSE", ".gitignore", "requirements.txt", "requirements-dev.txt"}  # and every *.py
 SUFFIXES = {  # folder: the suffixes that are source there

@@ -6,7 +6,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/scripts/python.sh"
-if ! "$python" -c 'import sys; sys.path.insert(0, sys.argv[1]); import console; sys.exit(sys.version_info < (3, 10))' "$root" 2>/dev/null; then
+if ! "$python" -c 'import sys; sys.path.insert(0, sys.argv[1]); import utils.cli; sys.exit(sys.version_info < (3, 10))' "$root" 2>/dev/null; then
   echo "error: $python is not Python 3.10 or newer; name one that is with PYTHON=/path/to/python3" >&2
   exit 2
 fi

@@ -32,8 +32,11 @@ from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from console import Parser, UserError, run
-from records import HISTORY, atomic, make_folder
+from utils.cli import Parser, UserError, run
+from utils.files import atomic, make_folder
+
+# Okabe and Ito 2008, without its yellow, which is lost on white paper; dashes and markers say the same without colour.
+from utils.logger import HISTORY
 
 # Okabe and Ito 2008, without its yellow, which is lost on white paper; dashes and markers say the same without colour.
 STYLES = [

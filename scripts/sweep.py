@@ -20,8 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from console import OF_THE_MACHINE, UserError, number, run, say
-from records import atomic, locked
+from utils.cli import UserError, number, run, say
+from utils.options import OF_THE_MACHINE
+from utils.files import atomic, locked
 
 # a sweep may go on with other values of these
 NOT_COMPARED = OF_THE_MACHINE - {"ckpt_path", "max_minutes"} | {"checkpoint_steps"}

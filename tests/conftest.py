@@ -45,10 +45,10 @@ def tiny_run(tiny_data, tmp_path_factory):
 
 def in_process(main, *args):
     """The exit status of a command's `main`, run in this process, which spares the seconds that importing torch takes."""
-    import console
+    from utils import cli
 
     with pytest.raises(SystemExit) as ended:
-        console.run(lambda: main([str(arg) for arg in args]))
+        cli.run(lambda: main([str(arg) for arg in args]))
     return ended.value.code
 
 

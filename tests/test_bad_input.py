@@ -17,10 +17,11 @@ from conftest import run_cli
 from PIL import Image
 from torchvision import transforms
 
-import console
+from utils import cli
 import Tester
 import Trainer
-from dataloader import Dataset_Dance, read_picture
+from dataloader import Dataset_Dance
+from utils.frame_cache import read_image
 
 SIZES = ["--frame_H", "8", "--frame_W", "16", "--F_dim", "8", "--L_dim", "2", "--N_dim", "4", "--D_out_dim", "8", "--device", "cpu",
          "--precision", "fp32", "--val_vi_len", "4", "--num_epoch", "1", "--num_workers", "0", "--kl_anneal_cycle", "1"]
@@ -59,7 +60,7 @@ def trained(whole, tmp_path_factory):
 def command(main, *argv):
     """Exit status of main(argv), run as the command line runs it."""
     with pytest.raises(SystemExit) as stop:
-        console.run(lambda: main([str(word) for word in argv]))
+        cli.run(lambda: main([str(word) for word in argv]))
     return stop.value.code
 
 
@@ -155,7 +156,7 @@ def test_readable_pictures(data, case):
     write, pixels = READABLE[case]
     path = data / "train/train_img/3.png"
     write(path)
-    assert np.abs(np.asarray(read_picture(path), int) - pixels).max() <= (1 if "JPEG" in case else 0)
+    assert np.abs(np.asarray(read_image(path), int) - pixels).max() <= (1 if "JPEG" in case else 0)
     imgs, _ = Dataset_Dance(data, transforms.Compose([transforms.Resize((10, 20)), transforms.ToTensor()]), "train", 8)[0]
     assert imgs.shape == (8, 3, 10, 20) and torch.allclose(imgs[3].mean(), torch.tensor(pixels.mean() / 255, dtype=torch.float32), atol=0.01)
 

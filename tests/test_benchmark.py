@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from console import UserError
+from utils.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 
 import Trainer
 from conftest import TINY
-from dataloader import Dataset_Dance, Frames, WindowLoader, cache_folder, find_clips, frame_transform, list_pairs, to_float
+from dataloader import Dataset_Dance, Frames, WindowLoader, find_clips, frame_transform, list_pairs
+from utils.frame_cache import cache_folder, to_float
 
 COUNT = 23  # 12 comes before 2 in the alphabet
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import Trainer
-import records
+from utils.checkpoint import read_checkpoint, write_checkpoint
+from utils import cli
+from utils import files
 from conftest import ROOT, TINY, in_process
 from scripts.kill_test import compare
 
@@ -51,7 +53,7 @@ def test_a_fresh_run_keeps_the_one_that_was_there(tiny_data, tiny_run, tmp_path,
     assert train(tiny_data, folder, "--seed", 2, "--num_epoch", 1) == 0
     assert {"best.ckpt", "epoch=0_pred.gif"} <= contents(folder / "earlier2").keys() and contents(folder / "earlier1") == before
     assert train(tiny_data, folder / "earlier1", "--resume", "--num_epoch", 3) == 0
-    assert records.read_checkpoint(folder / "earlier1" / "last.ckpt")["last_epoch"] == 2
+    assert read_checkpoint(folder / "earlier1" / "last.ckpt")["last_epoch"] == 2
 
 
 @pytest.mark.parametrize("flags", [["--resume"], ["--ckpt_path", "best.ckpt"]])
@@ -67,7 +69,7 @@ def test_going_on_from_an_earlier_checkpoint_moves_what_came_after_it(tiny_data,
     before = contents(folder)
     assert train(tiny_data, folder, "--ckpt_path", folder / "epoch=0.ckpt", "--lr", "1e-6") == 0
     assert contents(folder / "earlier1") == before
-    assert records.read_checkpoint(folder / "last.ckpt")["last_epoch"] == 1 and (folder / "best.ckpt").exists()
+    assert read_checkpoint(folder / "last.ckpt")["last_epoch"] == 1 and (folder / "best.ckpt").exists()
 
 
 def test_a_refused_start_moves_nothing(tiny_data, tiny_run, tmp_path, monkeypatch):
@@ -97,7 +99,7 @@ def test_a_reader_that_has_seen_enough_ends_no_run(tiny_data, tmp_path):
     process.stdout.close()
     process.stderr.close()
     assert process.wait(120) == 0
-    assert records.read_checkpoint(tmp_path / "run" / "last.ckpt")["last_epoch"] == 1
+    assert read_checkpoint(tmp_path / "run" / "last.ckpt")["last_epoch"] == 1
 
 
 # ---------------------------------------------------------------- half-written files
@@ -109,7 +111,7 @@ def die_half_way(path, checkpoint):
         os.kill(os.getpid(), signal.SIGKILL)
 
     save, torch.save = torch.save, half
-    records.write_checkpoint(path, checkpoint)
+    write_checkpoint(path, checkpoint)
 
 
 def test_a_kill_in_the_middle_of_a_write(tiny_data, tiny_run, tmp_path):
@@ -118,7 +120,7 @@ def test_a_kill_in_the_middle_of_a_write(tiny_data, tiny_run, tmp_path):
     assert in_child(die_half_way, folder / "last.ckpt", {"state_dict": {"x": torch.zeros(10_000)}}) == -signal.SIGKILL
     (leftover,) = contents(folder).keys() - before.keys()
     assert ".part" in leftover and contents(folder)["last.ckpt"] == before["last.ckpt"]
-    assert records.read_checkpoint(folder / "last.ckpt")["last_epoch"] == 1
+    assert read_checkpoint(folder / "last.ckpt")["last_epoch"] == 1
     assert train(tiny_data, folder, "--resume", "--num_epoch", 3) == 0
     assert not list(folder.glob(".*.part*"))  # the next run clears up
 
@@ -127,8 +129,8 @@ def test_a_kill_in_the_middle_of_a_write(tiny_data, tiny_run, tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "history.csv"
     path.write_text("old")
-    with pytest.raises(records.UserError if isinstance(error, OSError) else KeyboardInterrupt):
-        with records.atomic(path) as aside:
+    with pytest.raises(cli.UserError if isinstance(error, OSError) else KeyboardInterrupt):
+        with files.atomic(path) as aside:
             aside.write_text("half")
             raise error
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -200,7 +202,7 @@ def test_a_full_disk_in_the_middle_of_the_files_of_an_epoch(tiny_data, tiny_run,
 def test_a_folder_that_another_run_holds(tiny_data, tiny_run, tmp_path, capsys):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     before = contents(folder)
-    with records.locked(folder):
+    with files.locked(folder):
         assert train(tiny_data, folder, "--resume", "--num_epoch", 3) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"--save_root {folder}" in err and "another run" in err
@@ -208,7 +210,7 @@ def test_a_folder_that_another_run_holds(tiny_data, tiny_run, tmp_path, capsys):
 
 
 def hold_with_a_child(folder, ready):
-    with records.locked(folder):
+    with files.locked(folder):
         if os.fork() == 0:
             time.sleep(20)  # as a loader process that has not noticed yet
             os._exit(0)
@@ -222,9 +224,9 @@ def test_a_killed_run_lets_go_at_once(tmp_path):
     holder = fork.Process(target=hold_with_a_child, args=(tmp_path, ready))
     holder.start()
     assert ready.wait(30)
-    with pytest.raises(records.UserError, match="another run"), records.locked(tmp_path):
+    with pytest.raises(cli.UserError, match="another run"), files.locked(tmp_path):
         pass
     holder.kill()
     holder.join()
-    with records.locked(tmp_path):
+    with files.locked(tmp_path):
         pass

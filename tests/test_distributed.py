@@ -11,7 +11,8 @@ import pytest
 
 import Trainer
 from conftest import ROOT, TINY, in_process
-from records import locked, read_checkpoint
+from utils.checkpoint import read_checkpoint
+from utils.files import locked
 from scripts.kill_test import compare
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -18,7 +18,8 @@ else:
     ROOT = Path(__file__).resolve().parent.parent
     sys.path.insert(0, str(ROOT))
 
-import console
+from utils import cli
+from utils import options
 import Tester
 import Trainer
 
@@ -112,7 +113,7 @@ def test_words_that_are_no_flags(words, named, main, capsys):
     (Trainer.main, ["--save_root", "out", "--DR", "d", "--gpu", "2"], "torchrun")])
 def test_what_is_missing_is_named(main, flags, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(console.UserError, match=named):
+    with pytest.raises(cli.UserError, match=named):
         main(flags)
     assert not any(tmp_path.iterdir())
 
@@ -121,7 +122,7 @@ def test_what_is_missing_is_named(main, flags, named, tmp_path, monkeypatch):
 def test_torchrun_does_not_take_the_cpu_for_cuda(tmp_path, monkeypatch):
     for name, value in dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0").items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(console.UserError, match="--device cuda:0"):
+    with pytest.raises(cli.UserError, match="--device cuda:0"):
         Trainer.main(["--save_root", str(tmp_path / "out"), "--DR", "d", "--device", "cuda"])
     assert not any(tmp_path.iterdir())
 
@@ -129,7 +130,7 @@ def test_torchrun_does_not_take_the_cpu_for_cuda(tmp_path, monkeypatch):
 def test_one_gpu_is_not_for_several_processes(tmp_path, monkeypatch):
     for name, value in dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2").items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(console.UserError, match="--device cuda:0: can't be shared by 2 processes"):
+    with pytest.raises(cli.UserError, match="--device cuda:0: can't be shared by 2 processes"):
         Trainer.main(["--save_root", str(tmp_path / "out"), "--DR", "d", "--device", "cuda:0"])
     assert not any(tmp_path.iterdir())
 
@@ -137,7 +138,7 @@ def test_one_gpu_is_not_for_several_processes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("program", PARSERS)
 def test_a_flag_beats_the_recipe_and_the_recipe_beats_the_template(program):
     parse = PARSERS[program]().parse_args
-    pool = console.RECIPES["pool"]
+    pool = options.RECIPES["pool"]
     assert {name: getattr(parse([]), name) for name in pool} == pool  # the recipe of the recommended command
     template = vars(parse(["--recipe", "template"]))
     assert {name: template[name] for name in TEMPLATE} == TEMPLATE
@@ -152,7 +153,7 @@ def test_trainer_and_tester_share_their_flags():
     own, other = ({action.dest: (action.default, action.help, action.choices) for action in actions(program)} for program in PARSERS)
     assert {name for name in own.keys() ^ other.keys()} == ONLY.keys()
     assert all(own[name] == other[name] for name in own.keys() & other.keys())
-    assert all(console.RECIPES["pool"].keys() <= flags.keys() for flags in (own, other))
+    assert all(options.RECIPES["pool"].keys() <= flags.keys() for flags in (own, other))
 
 
 def test_a_namespace_without_recipe_trains_the_templates_way():
@@ -170,7 +171,7 @@ def table():
     """The README's table: flag, the template's default, the pool recipe's where it differs, meaning."""
     rows = ["| flag | default | pool | meaning |", "| --- | --- | --- | --- |"]
     for dest, action in ALL.items():
-        pool = console.RECIPES["pool"].get(dest, action.default)
+        pool = options.RECIPES["pool"].get(dest, action.default)
         meaning = action.help + (f" ({ONLY[dest]} only)" if dest in ONLY else "")
         rows.append(f"| `--{dest}` | {shown(action.default)} | {shown(pool) if pool != action.default else ''} | {meaning} |")
     return "\n".join(re.sub(" +", " ", row) for row in rows)

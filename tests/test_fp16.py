@@ -7,7 +7,7 @@ import torch
 
 import Trainer
 from conftest import TINY, in_process, send_at
-from records import read_checkpoint
+from utils.checkpoint import read_checkpoint
 from scripts.kill_test import compare, differences, rows
 
 # a window of 4 with a KL term: the template's recipe, whose KL gradient is large

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from muon import COEFFICIENTS, Muon, is_matrix, orthogonalize
+from muon import COEFFICIENTS
+from utils.muon import Muon, is_matrix, orthogonalize
 from scripts.kill_test import differences
 
 SHAPES = [(16, 8, 3, 3), (16, 8, 3, 3), (8, 32, 1, 1), (24, 24, 1, 1), (8, 3, 3, 3), (3, 16, 1, 1), (16, 1, 3, 3), (16,)]

@@ -9,7 +9,7 @@ import torch
 import Tester
 import Trainer
 from conftest import TINY, in_process, run_cli
-from records import read_checkpoint
+from utils.checkpoint import read_checkpoint
 from scripts.kill_test import differences, rows
 
 

@@ -37,7 +37,7 @@ def write(root, name, content=""):
 def tree(tmp_path):
     """A working folder, no git, with the source and everything that may lie around it."""
     root = tmp_path / "work"
-    for name in ("console.py", "LICENSE", "requirements.txt", "scripts/package.sh", "scripts/package.py", "scripts/python.sh"):
+    for name in ("utils/__init__.py", "utils/cli.py", "LICENSE", "requirements.txt", "scripts/package.sh", "scripts/package.py", "scripts/python.sh"):
         write(root, name, (ROOT / name).read_bytes())
     for name, content in SOURCE.items():
         write(root, name, content)
@@ -65,7 +65,7 @@ def test_holds_the_source_and_nothing_else(tree):
     with zipfile.ZipFile(tree / "LAB4_313553009_林于翔.zip") as archive:
         assert archive.testzip() is None
         names = set(archive.namelist())
-    source = {*SOURCE, "console.py", "LICENSE", "requirements.txt", "scripts/package.sh", "scripts/package.py", "scripts/python.sh"}
+    source = {*SOURCE, "utils/__init__.py", "utils/cli.py", "LICENSE", "requirements.txt", "scripts/package.sh", "scripts/package.py", "scripts/python.sh"}
     assert names == {f"LAB4_313553009_林于翔/{name}" for name in source}
     out = done.stdout.decode()
     assert f"{len(source)} files" in out and "virtual environment" in out and "weights" in out and "picture" in out
@@ -151,7 +151,7 @@ def test_packs_this_project(tmp_path):
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(tmp_path / "LAB4_1_x.zip") as archive:
         names = {name.split("/", 1)[1] for name in archive.namelist()}
-    assert {"Trainer.py", "Tester.py", "console.py", "modules/modules.py", "scripts/demo.sh", "scripts/setup.sh", ".ci/run"} <= names
+    assert {"Trainer.py", "Tester.py", "utils/cli.py", "modules/modules.py", "scripts/demo.sh", "scripts/setup.sh", ".ci/run"} <= names
     assert {Path(name).suffix for name in names} <= {".py", ".sh", ".md", ".txt", ".json", ".csv", ""}
     assert (tmp_path / "LAB4_1_x.zip").stat().st_size < 2**20
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True) if (ROOT / ".git").exists() else None

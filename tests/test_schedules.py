@@ -8,7 +8,7 @@ import torch
 from conftest import TINY
 
 import Trainer
-from console import UserError
+from utils.cli import UserError
 from Trainer import kl_annealing, learning_rate_factor, teacher_forcing_ratio
 
 

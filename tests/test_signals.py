@@ -61,8 +61,8 @@ def test_a_signal_while_decoding_leaves_nothing_behind(tiny_data, tmp_path, monk
             os.kill(os.getpid(), signal.SIGTERM)
         return original(path)
 
-    original = dataloader.read_picture
-    monkeypatch.setattr(dataloader, "read_picture", interrupted)
+    original = dataloader.read_image
+    monkeypatch.setattr(dataloader, "read_image", interrupted)
     assert train(tiny_data, tmp_path / "run", "--cache_dir", tmp_path / "cache") == 143
     assert os.listdir(tmp_path / "cache") == [] and not (tmp_path / "run").exists()
 

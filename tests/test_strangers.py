@@ -19,7 +19,7 @@ from conftest import ROOT, TINY, in_process
 import Tester
 import Trainer
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
-from records import NETWORKS, read_checkpoint
+from utils.checkpoint import NETWORKS, read_checkpoint
 
 SIZES = dict(frame_H=16, frame_W=32, F_dim=16, L_dim=8, N_dim=4, D_out_dim=16)
 

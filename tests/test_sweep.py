@@ -19,10 +19,10 @@ from test_figures import HISTORY, ROOT
 PRETENDER = f'''
 import os, signal, sys, time
 from pathlib import Path
-import console
+from utils import options
 
 def build_parser():
-    parser = console.build_parser("Trainer.py", "pretends")
+    parser = options.build_parser("Trainer.py", "pretends")
     parser.add_argument("--store_visualization", action="store_true")
     return parser
 
@@ -53,8 +53,8 @@ def project(tmp_path):
     """A copy of the scripts beside a Trainer.py that pretends, a data folder, and a place for what was started."""
     tree = tmp_path / "a project"
     shutil.copytree(ROOT / "scripts", tree / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-    for room in ("console.py", "records.py"):
-        shutil.copy(ROOT / room, tree)
+    for room in ("utils",):
+        shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "Trainer.py").write_text(PRETENDER)
     (tmp_path / "data").mkdir()
     return tmp_path

@@ -7,7 +7,7 @@ import pytest
 
 import Trainer
 from conftest import TINY
-from console import UserError
+from utils.cli import UserError
 
 
 def test_scalars_and_gif(tiny_data, tmp_path):

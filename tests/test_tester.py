@@ -13,7 +13,7 @@ from PIL import Image, ImageSequence
 
 import Tester
 from dataloader import Dataset_Dance, frame_transform
-from Tester import check_submission, csv_rows, write_submission
+from utils.submission import check_submission, csv_rows, write_submission
 
 SEQUENCES, FRAMES, H, W = 5, 20, 16, 32
 CPU = ["--device", "cpu", "--precision", "fp32"]

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import console  # noqa: E402
+from utils import cli  # noqa: E402
 import Trainer  # noqa: E402
 from conftest import TINY  # noqa: E402
-from console import Stopped  # noqa: E402
+from utils.cli import Stopped  # noqa: E402
 
 STOPS = {"pool": [(1, "training", 3), (0, "validation", 1)], "template": [(1, "training", 6)]}  # rank, where, step
 RECIPES = {"pool": ["--tfr", "0.3"], "template": ["--recipe", "template", "--train_vi_len", "4", "--tfr", "0.6"]}
@@ -93,4 +93,4 @@ def main():
 
 
 if __name__ == "__main__":
-    console.run(main, Trainer.leave)
+    cli.run(main, Trainer.leave)

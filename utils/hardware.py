@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from console import UserError
+from utils.cli import UserError
 
 
 OLDEST_TORCH = (2, 6)  # as requirements.txt and scripts/setup.sh have it

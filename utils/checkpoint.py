@@ -1,90 +1,29 @@
-"""What a run leaves on disk: atomic writes, the lock on its folder, checkpoints, history.csv, pictures, TensorBoard.
+"""Checkpoints: writing them atomically, and reading third-party ones safely.
 
-A checkpoint of ours is one dict of plain types and tensors, so `torch.load(path, weights_only=True)` reads it. Loading
-never runs code from a file. Checkpoints of other people are brought into the same shape: see `read_checkpoint`.
-PyTorch is imported where a checkpoint is read or written, so that scripts that only write files start at once.
+A checkpoint is one dict of plain types and tensors, so `torch.load(path, weights_only=True)` reads it. Loading never
+runs code from a file. Third-party checkpoints are brought into the same shape: see `read_checkpoint`.
+PyTorch is imported where it is needed, so that scripts that only name the networks start at once.
 """
 
-import csv
 import errno
-import itertools
 import os
 import pickle
 import re
-import tempfile
 import warnings
 from argparse import Namespace
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from console import UserError
+from utils.cli import UserError
+from utils.files import atomic
 
 NETWORKS = ("frame_transformation", "label_transformation", "Gaussian_Predictor", "Decoder_Fusion", "Generator")
-HISTORY = ("epoch", "lr", "tfr", "tf_share", "beta", "train_loss", "train_mse", "train_kl", "val_mse", "val_psnr_mean",
-           "val_psnr_min", "val_psnr_last", "skipped_steps", "seconds", "frames_per_second")
-
-# what a run writes into its folder, as patterns
-OF_A_RUN = ("last.ckpt", "best.ckpt", "epoch=*", "history.csv", "psnr_per_frame.*", "val_pred.gif", "tensorboard")
 
 # what strangers' checkpoints hold beside tensors: NumPy numbers and parsed arguments, which can't run code
 _HARMLESS = [Namespace, np.dtype, np.ndarray] + [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
 _HARMLESS += [(function, f"numpy.{package}.multiarray.{function.__name__}") for package in ("core", "_core")  # NumPy 1, NumPy 2
               for function in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0])]
-
-
-# ---------------------------------------------------------------- writing
-
-def make_folder(path, flag="--save_root"):
-    """Create a folder with its parents. UserError where that can't be done, or nothing can be written there."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror or error}; expected a folder that can be written") from None
-    return Path(path)
-
-
-def check_save_root(path):
-    """UserError where a folder can't be made at `path`, before any long work; makes nothing."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:  # too long a name, a closed folder on the way, links in a circle
-        raise UserError(f"--save_root {path}: {error.strerror}; expected a folder that can be written") from None
-    there = next(p for p in [Path(path), *Path(path).absolute().parents] if os.path.lexists(p))
-    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--save_root {path}: {there} is not a folder that can be written; expected one")
-
-
-@contextmanager
-def atomic(path):
-    """A path beside `path` to write to; flushed and renamed to `path` at the end, removed where anything fails.
-
-    A reader sees the old file or the new one, never half of one, also after a power cut. OSError becomes a UserError.
-    """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield aside
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk too
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror or error}); expected room and permission there") from None
-    finally:
-        with suppress(OSError):  # a path that can't be there has nothing to remove either
-            aside.unlink()
 
 
 def on_cpu(value):
@@ -106,63 +45,6 @@ def write_checkpoint(path, checkpoint):
         except RuntimeError as error:  # PyTorch's writer reports a failed write this way
             raise OSError(str(error).splitlines()[0]) from None
 
-
-def sweep_leftovers(folder):
-    """Remove the temporary files that a killed run left in its folder. Call it with the folder's lock held."""
-    for path in Path(folder).glob(".*.part*"):
-        path.unlink(missing_ok=True)
-
-
-def set_aside(folder):
-    """Move what an earlier run left in its folder into earlier1 in there, or the first such number that is free.
-
-    Returns the new folder, itself a save_root to go on in; None where there was no checkpoint. UserError where that can't be done.
-    """
-    folder = Path(folder)
-    left = [path for pattern in OF_A_RUN for path in folder.glob(pattern)]
-    if not any(path.suffix == ".ckpt" for path in left):
-        return None
-    aside = next(path for n in itertools.count(1) if not os.path.lexists(path := folder / f"earlier{n}"))
-    try:
-        aside.mkdir()
-        for path in left:
-            path.rename(aside / path.name)
-    except OSError as error:
-        raise UserError(f"--save_root {folder}: holds an earlier run that can't be moved to {aside} ({error.strerror or error}); "
-                        f"expected --resume, or another folder") from None
-    return aside
-
-
-def write_csv(path, columns, rows):
-    """Rows (dicts) under a header, atomically."""
-    with atomic(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-@contextmanager
-def locked(folder, flag="--save_root", what="run"):
-    """Hold a folder for this process; UserError where another run (or sweep) holds it. A killed process lets go by itself."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no fcntl; the folder is not guarded there
-        yield
-        return
-    try:
-        file = open(Path(folder) / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: {error.strerror or error}; expected a folder that can be written") from None
-    with file:
-        os.register_at_fork(after_in_child=file.close)  # a loader process may outlive a killed run for seconds
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{flag} {folder}: another {what} is using it; expected a folder of its own for each {what}") from None
-        yield
-
-
-# ---------------------------------------------------------------- reading
 
 def read_checkpoint(path):
     """A checkpoint as a dict whose `state_dict` has exactly the keys of the five networks.
@@ -298,53 +180,3 @@ def optimizer_fits(optimizer, parameters, squared):
             and (not second or state["exp_avg_sq"].shape == p.shape) for state, p, second in zip(states, parameters, squared))
     except (KeyError, IndexError, TypeError, AttributeError):
         return False
-
-
-# ---------------------------------------------------------------- pictures
-
-def write_gif(images, path, duration):
-    """Frames (3, H, W), float in [0, 1], as an endless GIF of `duration` milliseconds a frame, atomically."""
-    pictures = [Image.fromarray(np.rint(image.float().clamp(0, 1).mul(255).cpu().numpy()).astype(np.uint8).transpose(1, 2, 0))
-                for image in images]
-    with atomic(path) as aside:
-        pictures[0].save(aside, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
-
-
-def plot_psnr(psnrs, path):
-    """PSNR per frame as a PNG."""
-    import matplotlib  # slow to import, and not needed before the first picture
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
-    axes.plot(range(1, len(psnrs) + 1), psnrs, color="#0072B2", linewidth=1)
-    axes.axhline(np.mean(psnrs), color="#D55E00", linestyle="--", linewidth=1, label=f"mean {np.mean(psnrs):.2f} dB")
-    axes.set(xlabel="frame", ylabel="PSNR (dB)", title="validation rollout")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    with atomic(path) as aside:
-        figure.savefig(aside, dpi=120, format="png")
-    plt.close(figure)
-
-
-def tensorboard_writer():
-    """TensorBoard's SummaryWriter, a class. UserError where the package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: the package is not installed; expected it after pip install tensorboard") from None
-    return SummaryWriter
-
-
-def log_to_tensorboard(board, row, gif=None):
-    """One epoch's row of the history as scalars, and the validation GIF."""
-    for name, value in row.items():
-        board.add_scalar(name.replace("train_", "train/").replace("val_", "val/"), value, row["epoch"])
-    if gif:  # TensorBoard shows a GIF as it is; add_video would need another package
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        with Image.open(gif) as frame:
-            picture = Summary.Image(width=frame.width, height=frame.height, colorspace=3, encoded_image_string=Path(gif).read_bytes())
-        board.file_writer.add_summary(Summary(value=[Summary.Value(tag="validation", image=picture)]), row["epoch"])
-    board.flush()
