@@ -9,7 +9,7 @@ import time
 import pytest
 
 import Trainer
-import dataloader
+from utils import frame_cache
 from conftest import ROOT, TINY, in_process, send_at
 from scripts.kill_test import compare
 
@@ -62,7 +62,7 @@ def test_a_signal_while_decoding_leaves_nothing_behind(tiny_data, tmp_path, monk
         return original(path)
 
     original = dataloader.read_image
-    monkeypatch.setattr(dataloader, "read_image", interrupted)
+    monkeypatch.setattr(frame_cache, "read_image", interrupted)
     assert train(tiny_data, tmp_path / "run", "--cache_dir", tmp_path / "cache") == 143
     assert os.listdir(tmp_path / "cache") == [] and not (tmp_path / "run").exists()
 
