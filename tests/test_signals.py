@@ -61,7 +61,7 @@ def test_a_signal_while_decoding_leaves_nothing_behind(tiny_data, tmp_path, monk
             os.kill(os.getpid(), signal.SIGTERM)
         return original(path)
 
-    original = dataloader.read_image
+    original = frame_cache.read_image
     monkeypatch.setattr(frame_cache, "read_image", interrupted)
     assert train(tiny_data, tmp_path / "run", "--cache_dir", tmp_path / "cache") == 143
     assert os.listdir(tmp_path / "cache") == [] and not (tmp_path / "run").exists()

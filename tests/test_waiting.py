@@ -1,6 +1,6 @@
 """A training step on a GPU reads nothing back from it. Shown without a GPU, on tensors that have a shape and a device but no values."""
 
-import dataloader
+from utils import frame_cache
 import pytest
 import torch
 import Trainer
@@ -54,9 +54,9 @@ def values_are_not_needed():
             torch.ones(2, 3, 4, 4, device="cuda").contiguous(memory_format=torch.channels_last)
     except RuntimeError as error:
         pytest.skip(f"this PyTorch needs a GPU for it: {str(error).splitlines()[0]}")
-    dataloader._white.cache_clear()
+    frame_cache._white.cache_clear()
     yield
-    dataloader._white.cache_clear()
+    frame_cache._white.cache_clear()
 
 
 @pytest.mark.parametrize("flags", [[], ["--optim", "AdamW"], ["--train_vi_len", "4"], ["--recipe", "template", "--train_vi_len", "4"]])
