@@ -43,15 +43,17 @@ from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder
 from utils.muon import Muon, is_matrix
 from utils.checkpoint import NETWORKS, file_version, is_latest_in, load_weights, optimizer_fits, read_checkpoint, sizes, write_checkpoint
 from utils.files import check_save_root, locked, make_folder, set_aside, sweep_leftovers, write_csv
-from utils.logger import HISTORY, log_to_tensorboard, plot_psnr, tensorboard_writer, write_gif
+from utils.schedules import (WARM_UP, beta_at, continuous, data_share, frange_cycle_linear, kl_cycles, learning_rate_factor,
+                             teacher_forcing_ratio)
+from utils.logger import HISTORY, STEPS, log_to_tensorboard, plot_psnr, tensorboard_writer, write_gif
 
 CLIP_NORM = 1.0           # gradient norm, the template's
-FAST_LR = 1.5             # how much larger --fast_train's learning rate is, unless --lr is given
-WARM_UP = 0.02            # share of the run in which the cosine schedule climbs; at most a tenth of the first epoch
 ROLLOUT_BLOCK = 32        # frames between two looks at the rollout: progress bar, signals, non-finite values
 MAX_SKIPPED = 20          # non-finite steps in a row that end training
 POSE_SAMPLE = 4096        # training poses that BatchNorm's statistics are recomputed over
 NOISE_MSE = 1e-5          # 50 dB: errors below it hardly count
+STEP_ROWS = 2000          # of steps.csv in a run, at most
+SUMS = "lr", "tfr", "beta", "steps", "taught", "tossed"  # what is added up for a row beside the figures of the loss
 GIF_TICK = 40             # milliseconds a frame, the template's
 # not the label encoder: it is small, and would be compiled once more for the last, shorter block of a rollout
 COMPILED = [name for name in NETWORKS if name != "label_transformation"]
@@ -86,7 +88,7 @@ def log_mse(frames, truth):
     return 1e-3 * torch.log1p((frames - truth).square().mean((1, 2, 3)) / NOISE_MSE).mean()
 
 
-# ---------------------------------------------------------------- schedules (epochs count from 0)
+# ---------------------------------------------------------------- KL annealing (utils/schedules.py has the schedules)
 
 class kl_annealing:
     """The weight beta in [0, 1] of the KL term, one value an epoch (Fu et al. 2019, Cyclical Annealing Schedule).
@@ -105,15 +107,10 @@ class kl_annealing:
             raise UserError(f"--kl_anneal_cycle {args.kl_anneal_cycle}: expected at least 1")
         if not 0 < args.kl_anneal_ratio <= 1:
             raise UserError(f"--kl_anneal_ratio {args.kl_anneal_ratio}: expected above 0 and at most 1")
-        cycles = args.kl_anneal_cycle if kind == "Cyclical" else 1
-        most = max(1, args.num_epoch // 2)
-        if cycles > most:
-            say(f"--kl_anneal_cycle {cycles} is more than {args.num_epoch} epochs hold: {most} used")
-            cycles = most
+        args.kl_anneal_type, self.args = kind, args
+        if kind == "Cyclical" and kl_cycles(args) < args.kl_anneal_cycle:
+            say(f"--kl_anneal_cycle {args.kl_anneal_cycle} is more than {args.num_epoch} epochs hold: {kl_cycles(args)} used")
         self.current_epoch = current_epoch
-        self.betas = [1.0] * args.num_epoch
-        if kind != "None":
-            self.betas = self.frange_cycle_linear(args.num_epoch, 0.0, 1.0, cycles, args.kl_anneal_ratio)
 
     def update(self):
         """Go on to the next epoch."""
@@ -121,36 +118,9 @@ class kl_annealing:
 
     def get_beta(self):
         """The current epoch's beta; after the last epoch, the last one."""
-        return self.betas[min(self.current_epoch, len(self.betas) - 1)]
+        return beta_at(self.args, self.current_epoch)
 
-    @staticmethod
-    def frange_cycle_linear(n_iter, start=0.0, stop=1.0, n_cycle=1, ratio=1):
-        """n_iter values: in each of n_cycle cycles the first `ratio` climbs from start to stop, the rest is stop."""
-        period = n_iter / n_cycle
-        starts = [int(c * period) for c in range(math.ceil(n_cycle))] + [n_iter]
-        return [start + (stop - start) * min(1.0, i / (period * ratio)) for first, end in zip(starts, starts[1:]) for i in range(end - first)]
-
-
-def teacher_forcing_ratio(args, epoch):
-    """The chance of ground truth as the history in an epoch: constant, from epoch tfr_sde on tfr_d_step less each."""
-    return max(0.0, args.tfr - args.tfr_d_step * max(0, epoch - args.tfr_sde + 1))
-
-
-def learning_rate_factor(args, epoch, done):
-    """What the learning rate is multiplied with. done: the share of the run that is over, in [0, 1]."""
-    if args.schedule == "step":  # the template's MultiStepLR
-        factor = 0.1 ** sum(epoch >= milestone for milestone in (2, 5))
-    else:  # cosine with warm-up (Loshchilov & Hutter 2017), from a twentieth: the first step must not be for nothing
-        warm_up = min(WARM_UP, 0.1 / args.num_epoch * min(1.0, data_share(args, 0) / data_share(args, args.num_epoch - 1)))
-        factor = min(1.0, done / warm_up + 0.05) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    if args.fast_train and epoch < args.fast_train_epoch and "lr" not in args.given:
-        factor *= FAST_LR
-    return factor
-
-
-def data_share(args, epoch):
-    """The share of the training data that an epoch sees."""
-    return args.fast_partial if args.fast_train and epoch < args.fast_train_epoch else args.partial
+    frange_cycle_linear = staticmethod(frange_cycle_linear)
 
 
 # ---------------------------------------------------------------- the pool of running rollouts
@@ -301,7 +271,6 @@ class VAE_Model(nn.Module):
     restored = None                 # a checkpoint's training state, until training goes on from it
     read_version = None             # and the file's version when it was read
     began = clock = None            # when the command began, and the Clock of --max_minutes
-    fitted_epochs = None            # num_epoch of the stopped run that goes on
     asked_epochs = None             # num_epoch before --max_minutes fitted it
     bar = board = None              # tqdm's bar, TensorBoard's writer
     rank, world, parallel = 0, 1, None  # torchrun's, and DistributedDataParallel around the model
@@ -335,7 +304,8 @@ class VAE_Model(nn.Module):
         self.teacher_forcing_ratio_update()
         self.kl_annealing = kl_annealing(args, self.current_epoch)
         self.coins = torch.Generator().manual_seed(args.seed)
-        self.history = []
+        self.history, self.steps, self.last_row = [], [], 0
+        self.recent, self.recent_sums = self.new_totals(), dict.fromkeys(SUMS, 0)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=self.device)
         self.new_optimizer()
         self.reset_totals()
@@ -371,7 +341,8 @@ class VAE_Model(nn.Module):
 
         img, label: (B, T, 3, H, W), float32 in [0, 1]; frame 0 is the past frame. adapt_TeacherForcing: True or False
         for the whole window, or bool (T,): whether frame t is predicted from ground truth t - 1 (t = 1 always is).
-        Returns (loss, mse, kl, generated (B, 3, H, W)): means over the T - 1 predicted frames, kl in nats.
+        Returns a dict of the loss and its terms, means over the T - 1 predicted frames, kl in nats, and the last generated
+        frames (B, 3, H, W).
         """
         batch, length = img.shape[:2]
         taught = torch.as_tensor(adapt_TeacherForcing).expand(length).tolist()
@@ -398,8 +369,8 @@ class VAE_Model(nn.Module):
         mse = getattr(self, "mse_criterion", F.mse_loss)(frames, truth)
         kl = kl_criterion(mu.float(), logvar.float(), len(mu))
         reconstruction = log_mse(frames, truth) if self.args.objective == "log_mse" else mse
-        loss = reconstruction + self.kl_annealing.get_beta() * self.args.kl_weight * kl
-        return loss, mse, kl, generated[length - 2]
+        loss = reconstruction + self.beta() * self.args.kl_weight * kl
+        return {"loss": loss, "reconstruction": reconstruction, "mse": mse, "kl": kl}, generated[length - 2]
 
     def decode(self, history, pose, z):
         """Features of the past frame and the pose, and z, each (B, ..., H, W), to frames (B, 3, H, W)."""
@@ -416,6 +387,19 @@ class VAE_Model(nn.Module):
             return in_pieces(partial(checkpoint, function, use_reentrant=False), *inputs, size=batch)
         return in_pieces(function, *inputs)
 
+    def schedule_epoch(self):
+        """The epoch that schedules go by: continuous in the pool recipe's training stage, else whole."""
+        if not continuous(self.args) or self.train_frames is None:
+            return self.current_epoch
+        return self.share_done() * (self.asked_epochs or self.args.num_epoch)
+
+    def beta(self):
+        """What multiplies --kl_weight in the next step."""
+        if not continuous(self.args) or self.train_frames is None:
+            return self.kl_annealing.get_beta()
+        args = self.kl_annealing.args
+        return beta_at(args, self.share_done() * args.num_epoch)
+
     def set_learning_rate(self):
         """Give the optimizer the rate that the schedule has now."""
         for group, rate in zip(self.optim.param_groups, self.scheduler.base_lrs):
@@ -429,11 +413,12 @@ class VAE_Model(nn.Module):
         statistics = [buffer.clone() for buffer in self.buffers()]  # BatchNorm's: the forward pass moves them
         with self.autocast():
             # not self(...): a subclass in the template's way overrides forward
-            loss, mse, kl, self.generated = (self.parallel or partial(VAE_Model.forward, self))(img, label, adapt_TeacherForcing)
+            terms, self.generated = (self.parallel or partial(VAE_Model.forward, self))(img, label, adapt_TeacherForcing)
+        loss = terms["loss"]
         # a loss may overflow where its gradient does not; a NaN factor tells every rank, without a synchronisation
         self.scaler.scale(loss).backward(torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss))
         finite = self.optimizer_step()
-        self.add_up(finite, torch.stack([loss, mse, kl]), statistics)
+        self.add_up(finite, torch.stack([term.detach() for term in terms.values()]), statistics)
         return loss.detach()
 
     def optimizer_step(self):
@@ -459,9 +444,10 @@ class VAE_Model(nn.Module):
         for buffer, before in zip(self.buffers(), statistics):
             buffer.copy_(torch.where(finite, buffer, before))
         self.generated = self.generated.detach()
-        self.totals[:3] += torch.where(finite, figures.detach().to(self.totals), 0.0)
-        self.totals[3] += finite
-        self.totals[4] += ~finite
+        for totals in (self.totals, self.recent):
+            totals[:4] += torch.where(finite, figures.to(totals), 0.0)
+            totals[4] += finite
+            totals[5] += ~finite
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * ~finite
 
     # ------------------------------------------------------------ the rollout: figure 2 (b)
@@ -661,9 +647,11 @@ class VAE_Model(nn.Module):
         args = self.args
         if self.pool is None:
             for img, label in self.train_dataloader(skip):
+                self.teacher_forcing_ratio_update()
                 yield img, label, self.toss(args.train_vi_len)
             return
         for _ in range(skip, self.steps_in(self.current_epoch)):
+            self.teacher_forcing_ratio_update()
             flags = self.toss(args.train_vi_len)
             lanes = self.toss(args.batch_size, all_count=True)
             img, label = self.pool.draw(args.batch_size, args.train_vi_len, args.next_share, lanes)
@@ -680,8 +668,9 @@ class VAE_Model(nn.Module):
         taught = coins < self.tfr
         # tf_share: the first frame of a window has no history and the second one's is given, unless a pool gives it
         tossed = taught if all_count else taught[2:]
-        self.taught += int(tossed.sum())
-        self.tossed += len(tossed)
+        for sums in (self.sums, self.recent_sums):
+            sums["taught"] += int(tossed.sum())
+            sums["tossed"] += len(tossed)
         return taught
 
     # ------------------------------------------------------------ the training stage
@@ -745,13 +734,16 @@ class VAE_Model(nn.Module):
                       disable=self.rank > 0, desc=f"train {self.current_epoch}/{self.args.num_epoch}") as bar:
             while True:
                 for img, label, flags in self.batches(self.step % steps if last_fitted else self.step):
-                    self.learning_rate_sum += self.optim.param_groups[0]["lr"]
+                    for sums in (self.sums, self.recent_sums):
+                        for name, value in (("lr", self.optim.param_groups[0]["lr"]), ("tfr", self.tfr), ("beta", self.beta()), ("steps", 1)):
+                            sums[name] += value
                     loss = self.training_one_step(img, label, flags)
                     if self.pool is not None:
                         self.pool.put(self.generated)
                     self.step += 1
                     self.steps_done += 1
                     self.scheduler.step()
+                    self.log_step(self.current_epoch + self.step / steps)
                     # reading a value from a GPU waits for it; at the end of an epoch it must, or its last steps count as validation
                     look = self.device.type == "cpu" or self.steps_done % 20 == 0 or self.step % steps == 0
                     if look:
@@ -791,23 +783,24 @@ class VAE_Model(nn.Module):
 
     def record(self, epoch, psnr, best):
         """The epoch's row in history.csv, and the pictures of the best epoch (of every epoch if wanted). Returns a line that says it."""
-        loss, mse, kl, taken, skipped = self.totals.tolist()
-        taken = max(1, taken)
+        loss, reconstruction, mse, kl, taken, skipped = self.totals.tolist()
+        taken, sums = max(1, taken), means(self.sums)
         frames = self.step * self.args.batch_size * (self.args.train_vi_len - 1) * self.world
         row = dict(zip(HISTORY, (
-            epoch, self.learning_rate_sum / max(1, self.step), self.tfr, self.taught / self.tossed if self.tossed else 1.0,
-            self.kl_annealing.get_beta(), loss / taken, mse / taken, kl / taken, self.val_loss, psnr,
+            epoch, sums["lr"], sums["tfr"], sums["tf_share"], sums["beta"], self.args.kl_weight, loss / taken, reconstruction / taken,
+            mse / taken, kl / taken, self.val_loss, psnr,
             min(self.psnr_per_frame), self.psnr_per_frame[-1], int(skipped), self.seconds, frames / max(self.seconds, 1e-9))))
         self.history.append(row)
         root = Path(self.args.save_root)
         write_csv(root / "history.csv", HISTORY, self.history)
+        write_csv(root / "steps.csv", STEPS, self.steps)
         if best:
             self.write_validation(root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
         if getattr(self.args, "store_visualization", False):
             self.write_validation(root / f"epoch={epoch}_psnr.png", root / f"epoch={epoch}_pred.gif")
         if self.board:
             log_to_tensorboard(self.board, row, root / "val_pred.gif" if best else None)
-        return (f"epoch {epoch}: lr {row['lr']:.2e}, tfr {self.tfr:.3f}, beta {row['beta']:.2f}, loss {row['train_loss']:.5f} "
+        return (f"epoch {epoch}: lr {row['lr']:.2e}, tfr {row['tfr']:.3f}, beta {row['beta']:.2f}, loss {row['train_loss']:.5f} "
                 f"(mse {row['train_mse']:.5f}, kl {row['train_kl']:.1f}), validation PSNR mean {psnr:.2f} min {row['val_psnr_min']:.2f} "
                 f"last {row['val_psnr_last']:.2f} dB, {row['frames_per_second']:.1f} frames/s" + (", best" if best else ""))
 
@@ -833,7 +826,7 @@ class VAE_Model(nn.Module):
             # with, so that a run that starts and one that goes on have the same bits
             state = copy.deepcopy(self.training_state())
             window = torch.zeros(args.batch_size, 2, 3, args.frame_H, args.frame_W, device=self.device)
-            self.parallel(window, window, True)[0].backward()
+            self.parallel(window, window, True)[0]["loss"].backward()
             self.optim.zero_grad(set_to_none=True)
             self.load_training_state(state)
             torch.manual_seed(args.seed + self.rank)
@@ -847,7 +840,8 @@ class VAE_Model(nn.Module):
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 raise UserError(f"--ckpt_path {args.ckpt_path}: its state of training is not one of this version ({type(error).__name__}: "
                                 f"{error}); expected a run of this version") from None
-            self.fitted_epochs = self.restored["num_epoch"]
+            if self.restored["num_epoch"] == args.num_epoch:  # no other number is asked for
+                self.asked_epochs = self.restored["asked_epochs"]
             self.scheduler.base_lrs, args.lr, self.restored = [self.base_lr], self.base_lr, None
         self.teacher_forcing_ratio_update()  # from the flags as they are now, whatever the checkpoint had
         if self.rank == 0:
@@ -858,11 +852,22 @@ class VAE_Model(nn.Module):
             if args.tensorboard:
                 self.board = tensorboard_writer()(str(Path(args.save_root) / "tensorboard"))
         say(f"{args.device}, {self.precision_reason}; {self.train_frames} training frames"
-            + (f" in {len(self.pool.clips) - 1} clips" if self.pool else "") + f", {self.steps_in(self.current_epoch)} steps an epoch")
+            + (f" in {len(self.pool.clips) - 1} clips" if self.pool else "") + f", {self.steps_in(self.current_epoch)} steps an epoch"
+            + (f" (--train_vi_len {args.train_vi_len}: a step predicts {args.train_vi_len - 1} frames of each rollout)"
+               if self.pool and args.train_vi_len > 2 else ""))
+        self.say_schedules()
         if self.compiles:
             self.compile_networks()
         if args.max_minutes and self.current_epoch < args.num_epoch:
             self.fit_to_time()
+
+    def say_schedules(self):
+        """Say where the run is too short for its schedules: teacher-forced throughout, a rollout falls apart."""
+        args, epochs = self.args, self.asked_epochs or self.args.num_epoch
+        lowest = teacher_forcing_ratio(args, epochs)
+        if self.pool and lowest > 0.5 and {"tfr", "tfr_sde", "tfr_d_step"}.isdisjoint(args.given):
+            say(f"--tfr_sde {args.tfr_sde}: of {epochs} epochs all are teacher-forced, to {lowest:.2f} at the end, and rollouts will be poor; "
+                f"a seventh of the run would be --tfr_sde {max(1, round(epochs / 7))} --tfr_d_step {1 / max(1, round(epochs / 7)):.2g}")
 
     def open_data(self):
         """Check what training needs and decode its data, before anything is written."""
@@ -970,15 +975,7 @@ class VAE_Model(nn.Module):
         args.num_epoch = self.current_epoch + epochs
         self.clock.fitted = args.num_epoch < before or left < 0
         if self.clock.fitted:
-            self.asked_epochs = before
-            shrink = args.num_epoch / (self.fitted_epochs or before)
-            if "tfr_sde" not in args.given:
-                # a run that begins on ground truth still does: from its first step on its own frames the loss would explode
-                args.tfr_sde = self.tfr_sde = max(min(1, args.tfr_sde), round(args.tfr_sde * shrink))
-            if "tfr_d_step" not in args.given:
-                args.tfr_d_step = self.tfr_d_step = min(1.0, args.tfr_d_step / shrink)
-            self.kl_annealing = kl_annealing(args, self.current_epoch)
-            self.teacher_forcing_ratio_update()
+            self.asked_epochs = self.asked_epochs or before
         say(f"--max_minutes {args.max_minutes:g}: a step takes {step:.3f} s, a validation about {validation:.0f} s; {args.num_epoch} epochs")
 
     def ended_by_the_clock(self):
@@ -1017,7 +1014,7 @@ class VAE_Model(nn.Module):
 
     def training_state(self):
         """Everything that decides the rest of the run; `load_training_state` takes it back."""
-        rank_state = {"torch": torch.get_rng_state(), "coins": self.coins.get_state(), "taught": self.taught, "tossed": self.tossed,
+        rank_state = {"torch": torch.get_rng_state(), "coins": self.coins.get_state(), "sums": dict(self.sums), "recent_sums": dict(self.recent_sums),
                       "pool": self.pool.state_dict() if self.pool else None,
                       "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
         ranks = [rank_state]
@@ -1029,7 +1026,8 @@ class VAE_Model(nn.Module):
             "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(),
             "epoch": self.current_epoch, "kl_epoch": self.kl_annealing.current_epoch,
             "step": self.step, "steps_done": self.steps_done, "epoch_coin": self.epoch_coin,
-            "totals": self.totals, "learning_rate_sum": self.learning_rate_sum, "skipped_in_a_row": self.skipped_in_a_row,
+            "totals": self.totals, "recent": self.recent, "last_row": self.last_row,
+            "steps": torch.tensor([list(row.values()) for row in self.steps], dtype=torch.float64).reshape(-1, len(STEPS)), "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds, "share_done": self.share_done(), "best_psnr": self.best_psnr,
             "history": [dict(row) for row in self.history], "train_frames": self.train_frames, "precision": self.precision,
             "num_epoch": self.args.num_epoch, "asked_epochs": self.asked_epochs, "given": sorted(set(self.args.given) - options.OF_THE_MACHINE),
@@ -1055,16 +1053,18 @@ class VAE_Model(nn.Module):
         self.current_epoch = state["epoch"]
         self.kl_annealing.current_epoch = state["kl_epoch"]
         self.step, self.steps_done, self.epoch_coin = state["step"], state["steps_done"], state["epoch_coin"]
-        self.totals = state["totals"].to(self.totals.dtype).to(self.device)
+        self.totals, self.recent = (state[name].to(self.totals.dtype).to(self.device) for name in ("totals", "recent"))
+        self.last_row = state["last_row"]
+        self.steps = [dict(zip(STEPS, (int(row[0]), *row[1:]))) for row in state["steps"].tolist()]
         self.skipped_in_a_row = state["skipped_in_a_row"].to(self.device)
-        self.learning_rate_sum, self.seconds, self.best_psnr = state["learning_rate_sum"], state["seconds"], state["best_psnr"]
+        self.seconds, self.best_psnr = state["seconds"], state["best_psnr"]
         self.history = [dict(row) for row in state["history"]]
         if self.rank >= len(state["ranks"]):
             return  # a rank that the run did not have: it draws from its own seed
         own = state["ranks"][self.rank]
         torch.set_rng_state(own["torch"])
         self.coins.set_state(own["coins"])
-        self.taught, self.tossed = own["taught"], own["tossed"]
+        self.sums, self.recent_sums = dict(own["sums"]), dict(own["recent_sums"])
         if own["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda"], self.device)
         if self.pool is not None and own["pool"] is not None:
@@ -1140,24 +1140,43 @@ class VAE_Model(nn.Module):
 
     def teacher_forcing_ratio_update(self):
         """Set tfr to the current epoch's."""
-        self.tfr = teacher_forcing_ratio(self.args, self.current_epoch)
+        self.tfr = teacher_forcing_ratio(self.args, self.schedule_epoch())
 
     def tqdm_bar(self, mode, pbar, loss, lr=0.0, advance=1):
         """Advance a bar ("train" or "val") and show epoch, lr, teacher forcing, beta and loss (val: PSNR so far)."""
         if pbar is None:
             return
         figure = f"PSNR {float(loss):.2f} dB" if mode == "val" else f"loss {float(loss):.5f}"
-        beta = self.kl_annealing.get_beta() if hasattr(self, "kl_annealing") else 1.0
+        beta = self.beta() if hasattr(self, "kl_annealing") else 1.0
         pbar.set_postfix_str(f"lr {lr:.1e}, tfr {getattr(self, 'tfr', 0.0):.2f}, beta {beta:.2f}, {figure}", refresh=False)
         pbar.update(advance)
 
     def reset_totals(self):
         """Zero the sums that an epoch's row in the history is made of."""
-        kind = torch.float32 if self.device.type == "mps" else torch.float64
-        self.totals = torch.zeros(5, dtype=kind, device=self.device)  # loss, mse, kl, steps taken, steps skipped
-        self.taught = self.tossed = 0
-        self.learning_rate_sum = self.seconds = 0.0
+        self.totals, self.sums = self.new_totals(), dict.fromkeys(SUMS, 0)
+        self.seconds = 0.0
         self.epoch_coin = None
+
+    def new_totals(self):
+        """Zeros for the sums of loss, reconstruction, mse, kl, steps taken, steps skipped."""
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.zeros(6, dtype=kind, device=self.device)
+
+    def log_step(self, epoch):
+        """Add a row to `steps` whenever a two-thousandth of the run is over, of the means since the last row."""
+        if int(STEP_ROWS * self.share_done()) <= self.last_row:
+            return
+        *figures, taken, _ = self.recent.tolist()
+        if not taken:
+            return
+        self.last_row = int(STEP_ROWS * self.share_done())
+        sums = means(self.recent_sums)
+        row = (self.steps_done, epoch, sums["lr"], sums["tfr"], sums["tf_share"], sums["beta"], *(x / taken for x in figures))
+        self.steps.append(dict(zip(STEPS, row)))
+        if self.board:
+            for name, value in list(self.steps[-1].items())[2:]:
+                self.board.add_scalar(f"step/{name}", value, self.steps_done)
+        self.recent, self.recent_sums = self.new_totals(), dict.fromkeys(SUMS, 0)
 
     def note_signal(self, number):
         self.stop_signal = number
@@ -1195,6 +1214,12 @@ class VAE_Model(nn.Module):
         value = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.broadcast(value, 0)
         return value.item()
+
+
+def means(sums):
+    """Means of what SUMS adds up; tf_share is 1 where nothing was tossed."""
+    tf_share = sums["taught"] / sums["tossed"] if sums["tossed"] else 1.0
+    return {"tf_share": tf_share, **{name: sums[name] / max(1, sums["steps"]) for name in ("lr", "tfr", "beta")}}
 
 
 class Clock:

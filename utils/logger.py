@@ -8,8 +8,10 @@ from PIL import Image
 from utils.cli import UserError
 from utils.files import atomic
 
-HISTORY = ("epoch", "lr", "tfr", "tf_share", "beta", "train_loss", "train_mse", "train_kl", "val_mse", "val_psnr_mean",
-           "val_psnr_min", "val_psnr_last", "skipped_steps", "seconds", "frames_per_second")
+HISTORY = ("epoch", "lr", "tfr", "tf_share", "beta", "kl_weight", "train_loss", "train_reconstruction", "train_mse",
+           "train_kl", "val_mse", "val_psnr_mean", "val_psnr_min", "val_psnr_last", "skipped_steps", "seconds",
+           "frames_per_second")
+STEPS = "step", "epoch", "lr", "tfr", "tf_share", "beta", "loss", "reconstruction", "mse", "kl"
 
 
 def write_gif(images, path, duration):

@@ -12,8 +12,8 @@ from utils.cli import Parser, number, path, say
 RECIPES = {
     "template": {},
     # measured: docs/RECIPE.md
-    "pool": dict(pool=64, train_vi_len=2, batch_size=4, lr=2e-3, tfr=0.035, tfr_d_step=0.0, tf_coin="frame", optim="Muon",
-                 schedule="cosine", ema=0.998, objective="log_mse", kl_weight=1e-4, kl_anneal_type="None", refresh_norm=True),
+    "pool": dict(pool=64, train_vi_len=2, batch_size=4, lr=2e-3, tfr_min=0.035, tf_coin="frame", optim="Muon",
+                 schedule="cosine", ema=0.998, objective="log_mse", kl_weight=1e-4, refresh_norm=True),
 }
 DEFAULT_RECIPE = "pool"
 
@@ -131,6 +131,7 @@ def build_parser(prog, description):
     forcing.add_argument("--tfr", type=number(float, 0, 1), default=1.0, metavar="SHARE", help="chance of ground truth as the history, at the start")
     forcing.add_argument("--tfr_sde", type=number(int, 0), default=10, metavar="EPOCH", help="epoch in which that chance begins to drop")
     forcing.add_argument("--tfr_d_step", type=number(float, 0, 1), default=0.1, metavar="STEP", help="how much it drops an epoch")
+    forcing.add_argument("--tfr_min", type=number(float, 0, 1), default=0.0, metavar="SHARE", help="what it never drops below")
     forcing.add_argument("--tf_coin", choices=("epoch", "batch", "frame"), default="epoch", help="how often the coin of teacher forcing is tossed")
 
     kl = parser.add_argument_group("loss")

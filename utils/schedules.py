@@ -1,0 +1,68 @@
+"""Schedules of the template's flags: teacher forcing, KL weight, learning rate, data. Pure Python.
+
+Epochs count from 0. In the template's recipe `e` is the whole epoch; in the pool recipe it is continuous, the share
+of the run that is done times num_epoch, so that a run of any length has the whole curve.
+"""
+
+import math
+
+FAST_LR = 1.5    # how much larger --fast_train's learning rate is, unless --lr is given
+WARM_UP = 0.02   # share of the run in which the cosine schedule climbs; at most a tenth of the first epoch
+MILESTONES = 2, 5  # epochs from which the template's learning rate is a tenth
+
+
+def teacher_forcing_ratio(args, e):
+    """Return the probability in [0, 1] of feeding in ground truth at epoch e."""
+    return max(args.tfr_min, args.tfr - args.tfr_d_step * max(0, e - args.tfr_sde + 1))
+
+
+def frange_cycle_linear(n_iter, start=0.0, stop=1.0, n_cycle=1, ratio=1):
+    """Return n_iter values: the first `ratio` of each of n_cycle cycles climbs from start to stop, the rest is stop.
+
+    Fu et al. 2019, Cyclical Annealing Schedule, equations 6 and 7.
+    """
+    period = n_iter / n_cycle
+    starts = [int(c * period) for c in range(math.ceil(n_cycle))] + [n_iter]
+    return [start + (stop - start) * min(1.0, i / (period * ratio))
+            for first, end in zip(starts, starts[1:]) for i in range(end - first)]
+
+
+def kl_cycles(args):
+    """Return the number of annealing cycles; the template's recipe has whole epochs, so at most one in two of them."""
+    cycles = args.kl_anneal_cycle if args.kl_anneal_type == "Cyclical" else 1
+    return cycles if continuous(args) else min(cycles, max(1, args.num_epoch // 2))
+
+
+def beta_at(args, e):
+    """Return beta in [0, 1], which multiplies --kl_weight, at epoch e; after the last epoch, the last value."""
+    if args.kl_anneal_type == "None":
+        return 1.0
+    if continuous(args):  # the function that frange_cycle_linear samples
+        cycle = kl_cycles(args) * e / args.num_epoch
+        return 1.0 if e >= args.num_epoch else min(1.0, cycle % 1 / args.kl_anneal_ratio)
+    betas = frange_cycle_linear(args.num_epoch, 0.0, 1.0, kl_cycles(args), args.kl_anneal_ratio)
+    return betas[min(int(e), len(betas) - 1)]
+
+
+def learning_rate_factor(args, epoch, share):
+    """Return what the learning rate is multiplied with in an epoch, when `share` of the run, in [0, 1], is done."""
+    if args.schedule == "step":  # the template's MultiStepLR
+        factor = 0.1 ** sum(epoch >= milestone for milestone in MILESTONES)
+    else:  # cosine (Loshchilov & Hutter 2017); warm-up begins at 0.05, since a first step of 0 would teach nothing
+        first = data_share(args, 0) / data_share(args, args.num_epoch - 1)
+        warm_up = min(WARM_UP, 0.1 / args.num_epoch * min(1.0, first))
+        factor = min(1.0, share / warm_up + 0.05) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    if args.fast_train and epoch < args.fast_train_epoch and "lr" not in args.given:
+        factor *= FAST_LR
+    return factor
+
+
+def data_share(args, epoch):
+    """Return the share of the training data that an epoch sees."""
+    fast = args.fast_train and epoch < args.fast_train_epoch
+    return min(args.fast_partial, args.partial) if fast else args.partial
+
+
+def continuous(args):
+    """Return whether schedules move with every step: in the pool recipe."""
+    return args.recipe == "pool"
