@@ -22,7 +22,8 @@ from utils.frame_cache import cache_folder, cached, to_float
 from utils.hardware import check_torch
 from utils.files import check_save_root, make_folder
 from utils.submission import check_submission, csv_rows, write_submission
-from Trainer import VAE_Model, adopt_settings, require
+from Trainer import VAE_Model
+from utils.checkpoint import adopt_settings
 
 GIF_TICK = 20  # milliseconds a frame, the template's
 FROM_CHECKPOINT = {"DR", "F_dim", "L_dim", "N_dim", "D_out_dim", "frame_H", "frame_W", "output", "val_vi_len"}
@@ -74,7 +75,7 @@ class Test_model(VAE_Model):
 
             def look(done, frames):
                 jobs.append(writer.submit(write, frames))
-                self.tqdm_bar("test", self.bar, done, advance=frames.shape[1])
+                self.tqdm_bar("test", self.session.bar, done, advance=frames.shape[1])
 
             generated = self.rollout(first, label, look)
         for job in jobs:
@@ -91,7 +92,7 @@ class Test_model(VAE_Model):
         loader = self.val_dataloader()
         total = len(loader.dataset) * args.val_vi_len
         img, label = (torch.cat(parts) for parts in zip(*loader))
-        with progress(total=args.val_vi_len - 1, desc=f"testing {len(img)} sequences", unit="frame") as self.bar:
+        with progress(total=args.val_vi_len - 1, desc=f"testing {len(img)} sequences", unit="frame") as self.session.bar:
             frames, rows = self.val_one_step(img, label)
 
         root = make_folder(args.save_root)
@@ -127,19 +128,19 @@ def build_parser():
 def main(argv=None):
     check_torch()
     args = build_parser().parse_args(argv)
-    require(args, "ckpt_path")
-    settings = adopt_settings(args, FROM_CHECKPOINT)
+    options.require(args, "ckpt_path")
+    settings = adopt_settings(args, VAE_Model.flags(), FROM_CHECKPOINT)
     for name in ("z", "rollouts"):  # not the checkpoint's to decide, but the score was another way of rolling out
         if settings.get(name, getattr(args, name)) != getattr(args, name):
             cli.say(f"--{name} {getattr(args, name)}: the run was validated with --{name} {settings[name]}")
-    require(args, "DR")
+    options.require(args, "DR")
     if args.save_root is None:
-        args.save_root = str(Path(args.ckpt_path).parent / "test")
+        args.save_root = str(Path(options.as_list(args.ckpt_path)[0]).parent / "test")
     check_save_root(args.save_root)
     with cli.catching_signals(cli.stop):
         model = Test_model(args)
         model.load_checkpoint()
-        cli.say(f"{args.device}, {model.precision_reason}")
+        cli.say(f"{args.device}, {model.picked_precision[1]}")
         frames = model.eval()
     cli.say(f"{Path(args.save_root) / 'submission.csv'}: {frames.shape[0] * frames.shape[1]} rows; "
                 f"pred_seq0.gif to pred_seq{len(frames) - 1}.gif beside it")

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from utils.cli import INTERRUPTED, UserError
-from utils.frame_cache import cache_folder, cached, read_image, to_float
+from utils.frame_cache import cache_folder, cached, decode, read_image, to_float
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -262,3 +262,111 @@ class WindowLoader:
         starts = (self.order * length).tolist()
         for batch in range(len(self)):
             yield self.dataset.frames.windows(starts[batch * self.batch_size:(batch + 1) * self.batch_size], length)
+
+
+def window_loader(dataset, batch_size, workers, order=None):
+    """Return batches of a dataset's windows along `order`: sliced from decoded frames, or decoded by worker processes."""
+    if dataset.frames is not None:
+        return WindowLoader(dataset, batch_size, order)
+    workers = min(workers, os.cpu_count() or 1)
+    return ImageLoader(dataset, batch_size, sampler=order, drop_last=True, num_workers=workers)
+
+
+# ---------------------------------------------------------------- what a training stage needs
+
+def check_batch_size(args, windows, world):
+    """Raise UserError where a batch holds more than the pool's rollouts, or than this many windows on each rank."""
+    if args.pool and args.batch_size > args.pool:
+        raise UserError(f"--batch_size {args.batch_size}: expected at most the {args.pool} rollouts of --pool")
+    if not args.pool and windows // world < args.batch_size:
+        raise UserError(f"--batch_size {args.batch_size}: the training data hold {windows} windows of "
+                        f"{args.train_vi_len} frames for {world} process(es); expected at least one batch each")
+
+
+def sample_poses(dataset, count, args):
+    """Return at most `count` poses spread over a dataset, uint8 (N, 3, H, W)."""
+    chosen = torch.linspace(0, dataset.n_frames - 1, min(dataset.n_frames, count)).round().long()
+    if dataset.frames:
+        return dataset.frames.labels[chosen.to(dataset.frames.labels.device)]
+    paths = [dataset.label_paths[i] for i in chosen]
+    return torch.from_numpy(decode(paths, args.frame_H, args.frame_W, args.num_workers))
+
+
+def clips_of(dataset, args):
+    """Return `find_clips` of a dataset's frames."""
+    if dataset.frames:
+        return find_clips(dataset.frames.imgs)
+    imgs = decode(dataset.img_paths, args.frame_H, args.frame_W, args.num_workers, desc="finding cuts")
+    return find_clips(imgs)
+
+
+class RolloutPool:
+    """Rollouts that run beside the training; each holds the frame that it generated last.
+
+    A training step draws a few of them, predicts from each one's frame a frame of the same clip, and
+    puts the prediction back. So the network trains on frames that are dozens of its own steps deep, at
+    the price of one step. A teacher-forced rollout restarts from a true frame anywhere in the data.
+
+    dataset: a Dataset_Dance of the train split. clips: `find_clips` of its frames; no window crosses a
+    cut. device: where the network is; the pool's frames stay there.
+    """
+
+    def __init__(self, dataset, clips, size, seed, device="cpu"):
+        self.dataset, self.clips, self.device = dataset, torch.tensor(clips), device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.position = self.random_positions(size)  # (size,), index of each frame in the data
+        self.frames = dataset.take(self.position)[0].to(device)  # (size, 3, H, W) in [0, 1]
+
+    def random_positions(self, count):
+        """Return `count` indices of training frames."""
+        return torch.randint(int(self.clips[-1]), (count,), generator=self.generator)
+
+    def draw(self, batch_size, length, next_share, teacher_forced):
+        """Return windows and poses, each (B, length, 3, H, W); frame 0 is a rollout's.
+
+        teacher_forced: bool (B,), rollouts that restart from a true frame.
+        """
+        drawn = torch.randperm(len(self.position), generator=self.generator)[:batch_size]
+        position = torch.where(teacher_forced, self.random_positions(batch_size), self.position[drawn])
+
+        # the frames to predict: those that follow in the clip, or any others of it
+        clip = torch.searchsorted(self.clips, position, right=True)
+        first = self.clips[clip - 1]
+        last = (self.clips[clip] - length + 1).clamp(min=first)
+        uniform = torch.rand(batch_size, generator=self.generator)
+        anywhere = first + (uniform * (last - first + 1)).long()
+        uniform = torch.rand(batch_size, generator=self.generator)
+        follows = (uniform < next_share) & (position + 1 <= last)
+        start = torch.where(follows, position + 1, anywhere)
+        # a clip shorter than a window repeats its last frame
+        index = start[:, None] + torch.arange(length - 1)
+        index = torch.minimum(index, self.clips[clip][:, None] - 1)
+
+        # the previous frame: the true one under teacher forcing, else the one generated last
+        self.drawn, self.arrived = drawn, index[:, -1]
+        self.rows, forced, truth, img, label = (x.to(self.device, non_blocking=True) for x in (
+            drawn, teacher_forced.view(-1, 1, 1, 1), self.dataset.take(position)[0],
+            *self.dataset.take(index)))
+        self.previous = torch.where(forced, truth, self.frames.index_select(0, self.rows))
+        # a step never looks at the pose of the previous frame: any pose will do in its place
+        return torch.cat([self.previous[:, None], img], 1), torch.cat([label[:, :1], label], 1)
+
+    def put(self, generated):
+        """Store the last frames (B, 3, H, W) generated from the drawn windows, clamped to [0, 1]."""
+        finite = generated.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)
+        frames = torch.where(finite, generated.float().clamp(0, 1), self.previous)
+        self.frames.index_copy_(0, self.rows, frames)
+        self.position[self.drawn] = self.arrived
+
+    def state_dict(self):
+        """Return where every rollout stands, and the random generator's state."""
+        return {"generator": self.generator.get_state(), "position": self.position,
+                "frames": self.frames.cpu()}
+
+    def load_state_dict(self, state):
+        """Take the state of `state_dict`; a pool of another size or frame shape starts anew."""
+        if state["frames"].shape != self.frames.shape:
+            return
+        self.generator.set_state(state["generator"])
+        self.position = state["position"].clamp(max=int(self.clips[-1]) - 1)
+        self.frames = state["frames"].to(self.device)

@@ -33,10 +33,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.cli import Parser, UserError, run
-from utils.files import atomic, make_folder
+from utils.files import HISTORY, atomic, make_folder
 
 # Okabe and Ito 2008, without its yellow, which is lost on white paper; dashes and markers say the same without colour.
-from utils.logger import HISTORY
 
 # Okabe and Ito 2008, without its yellow, which is lost on white paper; dashes and markers say the same without colour.
 STYLES = [

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli import UserError
+from utils.cli import UserError, say
 from utils.files import atomic
+from utils.options import OF_THE_MACHINE, RECIPES, as_list
 
 NETWORKS = ("frame_transformation", "label_transformation", "Gaussian_Predictor", "Decoder_Fusion", "Generator")
 
@@ -108,7 +109,7 @@ def is_latest_in(folder, path):
     if path.parent != last.parent or not last.exists():
         return False
     try:
-        moments = [(loaded["last_epoch"], loaded["resume"]["step"]) for loaded in map(read_checkpoint, (path, last))]
+        moments = [(loaded["last_epoch"], loaded["resume"]["state"]["step"]) for loaded in map(read_checkpoint, (path, last))]
     except (UserError, KeyError, TypeError):  # a damaged last.ckpt, a stranger's
         return False
     return moments[0] == moments[1]
@@ -180,3 +181,27 @@ def optimizer_fits(optimizer, parameters, squared):
             and (not second or state["exp_avg_sq"].shape == p.shape) for state, p, second in zip(states, parameters, squared))
     except (KeyError, IndexError, TypeError, AttributeError):
         return False
+
+
+def adopt_settings(args, parser, names=None):
+    """Take the settings of the checkpoint at args.ckpt_path for flags that are not on the command line.
+
+    names: the flags to take; None takes all that say what to train. A given flag that differs is said. Returns all of its settings.
+    """
+    loaded = read_checkpoint(as_list(args.ckpt_path)[0])
+    settings = loaded["args"] if isinstance(loaded.get("args"), dict) else {}
+    settings = parser.accept({**settings, **sizes(loaded)}, args.ckpt_path)
+    names = settings.keys() - OF_THE_MACHINE if names is None else names & settings.keys()
+    if "recipe" in args.given and settings.get("recipe") != args.recipe:
+        names = names - RECIPES["pool"].keys()  # another recipe was asked for: what it sets stays
+    for name in sorted(names):
+        if name not in args.given:
+            setattr(args, name, settings[name])
+            if name == "DR" and settings[name] and not os.path.isdir(settings[name]):
+                raise UserError(f"--DR {settings[name]}: what {args.ckpt_path} was trained on is not here; expected the data folder as --DR")
+        elif getattr(args, name) != settings[name]:
+            say(f"--{name} {getattr(args, name)}: the checkpoint has {settings[name]}")
+    # a flag of the command line that began the run stays one
+    before = loaded["resume"].get("given") if isinstance(loaded.get("resume"), dict) else None
+    args.given = sorted({*args.given, *(name for name in (before if isinstance(before, list) else ()) if name in names)})
+    return settings

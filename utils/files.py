@@ -9,6 +9,12 @@ from pathlib import Path
 
 from utils.cli import UserError
 
+# columns of history.csv, a row an epoch, and of steps.csv, a row every few steps
+HISTORY = ("epoch", "lr", "tfr", "tf_share", "beta", "kl_weight", "train_loss", "train_reconstruction", "train_mse",
+           "train_kl", "val_mse", "val_psnr_mean", "val_psnr_min", "val_psnr_last", "skipped_steps", "seconds",
+           "frames_per_second")
+STEPS = "step", "epoch", "lr", "tfr", "tf_share", "beta", "loss", "reconstruction", "mse", "kl"
+
 # what a run writes into its folder, as patterns
 OF_A_RUN = ("last.ckpt", "best.ckpt", "epoch=*", "history.csv", "steps.csv", "psnr_per_frame.*", "val_pred.gif", "tensorboard")
 

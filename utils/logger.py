@@ -3,15 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from utils.cli import UserError
-from utils.files import atomic
+from utils import distributed
+from utils.cli import UserError, catching_signals, say, stop
+from utils.files import HISTORY, STEPS, atomic, make_folder, write_csv
+from utils.schedules import teacher_forcing_ratio
 
-HISTORY = ("epoch", "lr", "tfr", "tf_share", "beta", "kl_weight", "train_loss", "train_reconstruction", "train_mse",
-           "train_kl", "val_mse", "val_psnr_mean", "val_psnr_min", "val_psnr_last", "skipped_steps", "seconds",
-           "frames_per_second")
-STEPS = "step", "epoch", "lr", "tfr", "tf_share", "beta", "loss", "reconstruction", "mse", "kl"
+STEP_ROWS = 2000  # of steps.csv in a run, at most
 
 
 def write_gif(images, path, duration):
@@ -60,3 +60,137 @@ def log_to_tensorboard(board, row, gif=None):
             picture = Summary.Image(width=frame.width, height=frame.height, colorspace=3, encoded_image_string=Path(gif).read_bytes())
         board.file_writer.add_summary(Summary(value=[Summary.Value(tag="validation", image=picture)]), row["epoch"])
     board.flush()
+
+
+def write_validation(model, plot, gif, table=None):
+    """Write the last validation rollout: PSNR per frame as a plot and a table, pose | prediction | truth as a GIF."""
+    if table:
+        rows = [{"frame": t, "psnr": psnr} for t, psnr in enumerate(model.psnr_per_frame, 1)]
+        write_csv(table, ("frame", "psnr"), rows)
+    plot_psnr(model.psnr_per_frame, plot)
+    # three times (3, H, W) -> (3, H, 3 * W)
+    frames = [torch.cat(side_by_side, 2) for side_by_side in zip(*model.val_sequence)]
+    model.make_gif(frames, gif)
+
+
+def write_test(model):
+    """Validate a checkpoint, and write what its rollout is like; a run's own files stay those of its best epoch."""
+    root = Path(model.args.save_root)
+    with catching_signals(stop):
+        psnr_mean = model.eval()
+        if (root / "history.csv").exists():
+            root = make_folder(root / "test")
+        write_validation(model, root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
+    psnrs = model.psnr_per_frame
+    say(f"validation PSNR mean {psnr_mean:.2f} min {min(psnrs):.2f} last {psnrs[-1]:.2f} dB, in {root}")
+
+
+# ---------------------------------------------------------------- a run's tables
+
+def print_start(model):
+    """Print the device, the data and the number of steps; and where the run is too short for its schedules."""
+    args, state, session = model.args, model.state, model.session
+    clips = f" in {len(session.clips) - 1} clips" if args.pool else ""
+    window = f" (--train_vi_len {args.train_vi_len}: a step predicts {args.train_vi_len - 1} frames of each rollout)"
+    say(f"{args.device}, {model.picked_precision[1]}; {state.train_frames} training frames{clips}, "
+        f"{model.steps_in(state.epoch)} steps an epoch" + window * bool(args.pool and args.train_vi_len > 2))
+    lowest = teacher_forcing_ratio(args, args.num_epoch)
+    if args.pool and lowest > 0.5 and {"tfr", "tfr_sde", "tfr_d_step"}.isdisjoint(args.given):
+        seventh = max(1, round(args.num_epoch / 7))
+        say(f"--tfr_sde {args.tfr_sde}: teacher forcing stays at {lowest:.2f} or more in {args.num_epoch} epochs, so "
+            f"rollouts will be poor; expected --tfr_sde {seventh + 1} --tfr_d_step {1 / seventh:.2g}, or --max_minutes")
+
+
+def log_steps(model, share_before):
+    """Add a row to the table of steps whenever another two-thousandth of the run is done."""
+    state = model.state
+    if int(STEP_ROWS * share_before) == int(STEP_ROWS * state.share_done):
+        return
+    means = state.step_means.means()
+    if not means["taken"]:
+        return
+    epoch = state.epoch + state.step / model.steps_in(state.epoch)
+    state.steps.append({"step": state.steps_done, "epoch": epoch, **{name: means[name] for name in STEPS[2:]}})
+    state.step_means = RunningMeans()
+    if model.session.board:
+        for name in STEPS[2:]:
+            model.session.board.add_scalar(f"step/{name}", means[name], state.steps_done)
+
+
+def epoch_row(model, psnr_mean):
+    """Return the row of history.csv of the epoch that was trained and validated, a dict by HISTORY."""
+    args, state, means = model.args, model.state, model.state.epoch_means.means()
+    frames = state.step * args.batch_size * (args.train_vi_len - 1) * distributed.world()
+    row = {
+        **{f"train_{name}": value for name, value in means.items()}, **means,
+        "epoch": state.epoch, "kl_weight": args.kl_weight, "val_mse": model.val_loss,
+        "val_psnr_mean": psnr_mean, "val_psnr_min": min(model.psnr_per_frame),
+        "val_psnr_last": model.psnr_per_frame[-1], "seconds": state.seconds,
+        "frames_per_second": frames / max(state.seconds, 1e-9),
+    }
+    return {name: row[name] for name in HISTORY}
+
+
+def write_tables(model):
+    """Write history.csv and steps.csv, whole."""
+    root = Path(model.args.save_root)
+    if distributed.rank() == 0:
+        write_csv(root / "history.csv", HISTORY, model.state.history)
+        write_csv(root / "steps.csv", STEPS, model.state.steps)
+
+
+def write_epoch(model, best):
+    """Write the tables, and the figures of the best epoch, of every epoch if wanted; print a line."""
+    root, row, board = Path(model.args.save_root), model.state.history[-1], model.session.board
+    epoch = row["epoch"]
+    write_tables(model)
+    if best:
+        write_validation(model, root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
+    if getattr(model.args, "store_visualization", False):
+        write_validation(model, root / f"epoch={epoch}_psnr.png", root / f"epoch={epoch}_pred.gif")
+    if board:
+        log_to_tensorboard(board, row, root / "val_pred.gif" if best else None)
+    say(f"epoch {epoch}: lr {row['lr']:.2e}, tfr {row['tfr']:.3f}, beta {row['beta']:.2f}, "
+        f"loss {row['train_loss']:.5f} (mse {row['train_mse']:.5f}, kl {row['train_kl']:.1f}), "
+        f"validation PSNR mean {row['val_psnr_mean']:.2f} min {row['val_psnr_min']:.2f} "
+        f"last {row['val_psnr_last']:.2f} dB, {row['frames_per_second']:.1f} frames/s" + ", best" * best)
+
+
+# ---------------------------------------------------------------- means over steps
+
+class RunningMeans:
+    """Means over training steps: of the loss terms, added up on the device so that nothing waits, and of settings."""
+
+    def __init__(self):
+        self.terms, self.figures, self.settings = [], None, {}
+
+    def add(self, terms, figures, settings):
+        """Add a step.
+
+        terms: names of the loss terms. figures: their values, 0 where the step was skipped, then 1 and 0 for a step
+        that was taken or 0 and 1 for one that was skipped, a tensor. settings: a dict of numbers.
+        """
+        self.terms = list(terms)
+        self.figures = figures.clone() if self.figures is None else self.figures + figures
+        for name, value in {**settings, "steps": 1}.items():
+            self.settings[name] = self.settings.get(name, 0) + value
+
+    def means(self):
+        """Return the means by name, how many steps were skipped, and tf_share, the share of teacher-forced samples."""
+        *sums, taken, skipped = [0.0, 0.0] if self.figures is None else self.figures.tolist()
+        settings = dict(self.settings)
+        steps, forced, drawn = (settings.pop(name, 0) for name in ("steps", "forced", "drawn"))
+        return {
+            **{name: total / max(1, taken) for name, total in zip(self.terms, sums)},
+            **{name: total / max(1, steps) for name, total in settings.items()},
+            "tf_share": forced / drawn if drawn else 1.0, "taken": int(taken), "skipped_steps": int(skipped),
+        }
+
+    def state_dict(self):
+        """Return the sums as plain types and a tensor."""
+        return {"terms": self.terms, "figures": self.figures, "settings": dict(self.settings)}
+
+    def load_state_dict(self, state):
+        """Take the sums of `state_dict`."""
+        self.terms, self.settings = list(state["terms"]), dict(state["settings"])
+        self.figures = None if state["figures"] is None else state["figures"].clone()
