@@ -78,7 +78,7 @@ def test_2d_weights_move_as_with_pytorchs_muon():
     for shape in ((24, 40), (40, 24)):
         theirs = start.reshape(shape).clone().requires_grad_()
         ours = start.reshape(*shape, 1, 1).clone().requires_grad_()
-        settings = dict(lr=0.01, weight_decay=0.1)
+        settings = {"lr": 0.01, "weight_decay": 0.1}
         optimizers = (torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings),
                       Muon([ours], **settings))
         for gradient in gradients:
