@@ -856,7 +856,7 @@ class VAE_Model(nn.Module):
             + (f" (--train_vi_len {args.train_vi_len}: a step predicts {args.train_vi_len - 1} frames of each rollout)"
                if self.pool and args.train_vi_len > 2 else ""))
         self.say_schedules()
-        if self.compiles:
+        if args.compile:
             self.compile_networks()
         if args.max_minutes and self.current_epoch < args.num_epoch:
             self.fit_to_time()
@@ -901,15 +901,10 @@ class VAE_Model(nn.Module):
             network = getattr(self, name)
             network._compiled_call_impl = compiled_call(network, dynamic=False if self.args.train_vi_len == 2 else None)
 
-    @property
-    def compiles(self):
-        """Whether training has its networks compiled: on CUDA. On a CPU it does not pay (docs/PERFORMANCE.md)."""
-        return self.device.type == "cuda" and not self.args.no_compile
-
     def compile_networks(self):
         """torch.compile the networks of COMPILED, by a step and a short rollout that leave no trace; where that fails, go on without."""
         args = self.args
-        say("compiling the networks (off with --no_compile)")
+        say("compiling the networks (--compile)")
         state = copy.deepcopy(self.training_state())
         settings = torch._dynamo.config
         settings.optimize_ddp = False  # gradients of 6 MB need no graph split for their sake

@@ -3,7 +3,7 @@
     python scripts/benchmark.py                               # demo data, the device Trainer.py would take
     python scripts/benchmark.py --DR data --json speed.json   # the course's data
     python scripts/benchmark.py --precision bf16              # ours in bfloat16, wherever that is slower, too
-    python scripts/benchmark.py --compile                     # ours also with torch.compile (minutes of compiling on a CPU)
+    python scripts/benchmark.py --compile                     # ours also with torch.compile
     python scripts/benchmark.py --only training rollout       # some parts only
     python scripts/benchmark.py --quick                       # tiny sizes: does it run? not a measurement
 
@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 import Trainer
 from utils.cli import Parser, UserError, number, progress, run
 from utils.options import device_name
+from scripts.reference_loop import reference_loss, reference_rollout, reference_step
 from dataloader import Dataset_Dance, Frames, WindowLoader, find_clips, frame_transform, list_pairs, list_test_sequences
 from utils.frame_cache import read_image
 from utils.hardware import pick_device
@@ -78,7 +79,7 @@ class TemplateVideo(Dataset):
 
 
 class TemplateModel(nn.Module):
-    """The five networks, driven as the template drives them."""
+    """The five networks, driven as the template drives them: by scripts/reference_loop.py."""
 
     def __init__(self, args):
         super().__init__()
@@ -89,50 +90,21 @@ class TemplateModel(nn.Module):
         self.Generator = Generator(args.D_out_dim, 3)
         self.N_dim, self.device = args.N_dim, args.device
         self.to(args.device)
-        self.mse_criterion = nn.MSELoss()
         self.optim = torch.optim.Adam(self.parameters(), lr=0.001)
 
-    def loss(self, img, label, adapt_TeacherForcing):
-        """Mean squared error and KL, added up over the frames of a window."""
-        mse, kl = 0.0, 0.0
-        for t in range(1, img.shape[1]):
-            previous = img[:, t - 1] if adapt_TeacherForcing or t == 1 else generated
-            previous_feature = self.frame_transformation(previous)
-            feature = self.frame_transformation(img[:, t])
-            pose = self.label_transformation(label[:, t])
-            z, mu, logvar = self.Gaussian_Predictor(feature, pose)
-            generated = self.Generator(self.Decoder_Fusion(previous_feature, pose, z))
-            mse = mse + self.mse_criterion(generated, img[:, t])
-            kl = kl + -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp()) / img.shape[0]
-        return mse + kl
-
-    def training_one_step(self, img, label, adapt_TeacherForcing):
+    def training_one_step(self, img, label, teacher_forced):
         img, label = img.to(self.device), label.to(self.device)
-        loss = self.loss(img, label, adapt_TeacherForcing)
-        self.optim.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-        self.optim.step()
-        return loss.detach().cpu()  # the template's bar shows it at every step
+        loss = reference_step(self, self.optim, img, label, teacher_forced)
+        return loss.cpu()  # the template's bar shows it at every step
 
-    @torch.no_grad()
-    def rollout(self, first, label, z="prior"):
-        """Sequences (S, T - 1, 3, H, W) from first frames (S, 3, H, W) and poses (S, T, 3, H, W), one after the other.
+    def rollout(self, first, label, draw=torch.randn):
+        """Roll out sequences one after the other: first (S, 3, H, W), label (S, T, 3, H, W).
 
         Frames are clamped before they are fed back, as ours are, so that both make the same ones.
         """
-        sequences = []
-        for start, poses in zip(first, label):
-            poses, previous, frames = poses[None].to(self.device), start[None].to(self.device), []
-            for t in range(1, poses.shape[1]):
-                feature = self.frame_transformation(previous)
-                pose = self.label_transformation(poses[:, t])
-                shape = (1, self.N_dim, *previous.shape[2:])
-                noise = torch.randn(shape, device=self.device) if z == "prior" else torch.zeros(shape, device=self.device)
-                previous = self.Generator(self.Decoder_Fusion(feature, pose, noise)).clamp(0, 1)
-                frames.append(previous.cpu())
-            sequences.append(torch.cat(frames))
-        return torch.stack(sequences)
+        return torch.cat([
+            reference_rollout(self, start.to(self.device), poses.to(self.device), self.N_dim, draw).cpu()
+            for start, poses in zip(first.split(1), label.split(1))])
 
 
 # ---------------------------------------------------------------- ours
@@ -159,6 +131,21 @@ def compiled(args, **flags):
     model = our_model(args, **flags)
     model.mark_for_compiling()
     return model
+
+
+def with_pool(model, dataset, clips):
+    """Give a model what a training stage of the pool recipe has: 16 rollouts and averaged weights."""
+    model.pool = Trainer.RolloutPool(dataset, clips, 16, 0, model.device)
+    model.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return model
+
+
+def pool_step(model):
+    """Take a training step of the pool recipe: draw, predict a frame from each rollout, put back."""
+    batch, length = model.args.batch_size, model.args.train_vi_len
+    img, label = model.pool.draw(batch, length, 0.5, torch.zeros(batch, dtype=torch.bool))
+    model.training_one_step(img, label, torch.zeros(length, dtype=torch.bool))
+    model.pool.put(model.generated)
 
 
 # ---------------------------------------------------------------- timing
@@ -295,28 +282,17 @@ class Bench:
         args = self.args
         frames = Frames(self.root, "train", args.frame_H, args.frame_W, self.folder).to(args.device)
         clips = find_clips(frames.imgs.cpu().numpy())
-
-        def with_lanes(model):
-            model.pool = Trainer.RolloutPool(Dataset_Dance(self.root, None, "train", 2, frames=frames), clips, 16, 0, args.device)
-            model.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-            return model
-
-        def step(model, length=2):
-            batch = model.args.batch_size
-            img, label = model.pool.draw(batch, length, 0.5, torch.zeros(batch, dtype=torch.bool))
-            model.training_one_step(img, label, torch.zeros(length, dtype=torch.bool))
-            model.pool.put(model.generated)
-
-        ours = with_lanes(our_model(args, "pool"))
+        dataset = Dataset_Dance(self.root, None, "train", 2, frames=frames)
+        ours = with_pool(our_model(args, "pool"), dataset, clips)
         template, batch = template_model(args, ours), ours.args.batch_size
         img, label = self.windows(batch, 2)
-        ways = {"template": lambda: template.training_one_step(img, label, True), "ours": lambda: step(ours)}
+        ways = {"template": lambda: template.training_one_step(img, label, True), "ours": lambda: pool_step(ours)}
         if args.compile:
-            fast = with_lanes(compiled(args, recipe="pool"))
-            ways["compiled"] = lambda: step(fast)
+            fast = with_pool(compiled(args, recipe="pool"), dataset, clips)
+            ways["compiled"] = lambda: pool_step(fast)
         row = self.alternate(f"training, pool recipe, batch {batch}, window 2", ways, batch, runs=4 * args.runs)
         self.count_work(row, {"template": template, "ours": ours},
-                        lambda model: model.training_one_step(img, label, True) if model is template else step(model))
+                        lambda model: ways["template"]() if model is template else ways["ours"]())
 
     def rollout(self):
         """Five sequences from their first frames and poses."""
@@ -433,14 +409,14 @@ class Bench:
             for forced, name in ((True, "teacher forcing"), (False, "own frames")):
                 for model in (ours, template):
                     same_noise(model.Gaussian_Predictor, noise)
-                loss, *_ = ours(img, label, forced)
-                theirs = template.loss(img, label, forced) / steps  # ours is the mean over the frames
+                loss = ours(img, label, forced)[0]["loss"]
+                theirs = reference_loss(template, img, label, forced)[0]
                 rows[f"loss, {name}"] = abs(loss - theirs).item() / abs(theirs).item()
                 pairs = [torch.autograd.grad(value, list(model.parameters())) for value, model in ((loss, ours), (theirs, template))]
                 norm = torch.stack([b.norm() for b in pairs[1]]).norm()
                 rows[f"gradient, {name}"] = (torch.stack([(a - b).norm() for a, b in zip(*pairs)]).norm() / norm).item()
             few = min(4, args.train_vi_len)
-            frames = [ours.rollout(img[:, 0], label[:, :few]), template.rollout(img[:, 0], label[:, :few], "zero")]
+            frames = [ours.rollout(img[:, 0], label[:, :few]), template.rollout(img[:, 0], label[:, :few], torch.zeros)]
             rows["rollout, largest difference of a value in [0, 1]"] = (frames[0] - frames[1]).abs().max().item()
         self.extra["equality"] = rows
 
@@ -589,7 +565,7 @@ def build_parser():
     parser.add_argument("--DR", metavar="DIR", help="data folder (None: demo data are drawn into a temporary folder)")
     parser.add_argument("--device", type=device_name, metavar="DEVICE", help="cuda, cuda:N or cpu (None: cuda where there is one, else cpu)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="ours; the template's way is always fp32")
-    parser.add_argument("--compile", action="store_true", help="also time ours with torch.compile (always on CUDA, where Trainer.py compiles)")
+    parser.add_argument("--compile", action="store_true", help="also time ours with torch.compile")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="parts to run: " + ", ".join(PARTS))
     parser.add_argument("--runs", type=number(int, 1, 1000), default=5, metavar="N", help="timed runs of each, alternating")
     parser.add_argument("--batch_size", type=number(int, 1, 4096), default=2, metavar="N", help="windows a step")
@@ -621,7 +597,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     args.device = str(pick_device(args.device))
     cuda = args.device.startswith("cuda")
-    args.compile, args.rollout_frames = args.compile or cuda, args.rollout_frames or (629 if cuda else 32)
+    args.rollout_frames = args.rollout_frames or (629 if cuda else 32)
     for name, value in (TINY_DIMS if args.quick else DIMS).items():
         setattr(args, name, value)
     if args.quick:
