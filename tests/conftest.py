@@ -17,6 +17,10 @@ TINY = ["--frame_H", "16", "--frame_W", "32", "--F_dim", "16", "--L_dim", "8", "
         "--val_vi_len", "20", "--num_epoch", "2", "--device", "cpu", "--precision", "fp32"]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: what a GPU changes; skipped without one (tests/test_gpu.py)")
+
+
 def run_cli(script, *args, timeout=120, **options):
     """`python script args...` as a CompletedProcess with text; script is relative to the repository."""
     environment = {**os.environ, **options.pop("env", {})}

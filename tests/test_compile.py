@@ -44,13 +44,18 @@ def test_each_network_is_one_graph(flags):
     torch.testing.assert_close(frames, plain_frames, rtol=1e-3, atol=1e-4)
 
 
+def test_nothing_is_compiled_unless_asked():
+    parse = Trainer.build_parser().parse_args
+    assert [parse(words).compile for words in ([], ["--compile"], ["--no_compile"])] == [False, True, False]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_training_has_its_networks_compiled(precision, tiny_data, tmp_path, monkeypatch, capsys):
     """Also in fp16, where the poses of noise that it is tried on give frames that are not finite."""
     monkeypatch.setattr(Trainer, "pick_precision", lambda *_: (precision, precision))
-    monkeypatch.setattr(Trainer.VAE_Model, "compiles", True)
     small = ["--frame_H", "8", "--frame_W", "16", "--num_epoch", "1", "--batch_size", "8"]
-    assert in_process(Trainer.main, "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, *small) == 0
+    words = ["--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, *small, "--compile"]
+    assert in_process(Trainer.main, *words) == 0
     said = capsys.readouterr().out
     assert "compiling the networks" in said and "does not work here" not in said
     assert counters["stats"]["unique_graphs"] >= len(Trainer.COMPILED)
@@ -61,6 +66,6 @@ def test_without_a_compiler_training_goes_on(tiny_data, tmp_path, monkeypatch, c
         raise ImportError("no compiler")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile.func, backend=broken))
-    monkeypatch.setattr(Trainer.VAE_Model, "compiles", True)
-    assert in_process(Trainer.main, "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY) == 0
+    words = ["--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, "--compile"]
+    assert in_process(Trainer.main, *words) == 0
     assert "torch.compile does not work here" in capsys.readouterr().out

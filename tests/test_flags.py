@@ -33,7 +33,9 @@ ONLY = {"store_visualization": "Trainer", "no_sanity": "Tester", "make_gif": "Te
 
 
 def actions(program):
-    return [action for action in PARSERS[program]()._actions if action.dest != "help"]
+    """Every flag but --help, and without the forms that switch one off."""
+    return [action for action in PARSERS[program]()._actions
+            if action.dest != "help" and f"--{action.dest}" in action.option_strings]
 
 
 ALL = {action.dest: action for program in PARSERS for action in actions(program)}

@@ -35,6 +35,7 @@ def on_a_gpu_without_values(model):
         for name, buffer in module._buffers.items():
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
     model.new_optimizer()
+    model.recent = model.new_totals()
     model.reset_totals()
     model.skipped_in_a_row = torch.zeros((), dtype=torch.long, device="cuda")
     model.ema = {name: weight.detach().clone() for name, weight in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""What a machine offers: the device, the precision that it multiplies fastest in, and memory that is kept."""
+"""What a machine offers: the device, its fastest precision, and memory that is kept."""
 
 import ctypes
 import math
@@ -21,14 +21,18 @@ OLDEST_TORCH = (2, 6)  # as requirements.txt and scripts/setup.sh have it
 
 
 def check_torch():
-    """UserError where PyTorch is older than what this was written for: a run would end in the middle."""
+    """Raise UserError where PyTorch is too old: a run would end in the middle."""
     if torch.__version__ < OLDEST_TORCH:
-        raise UserError(f"PyTorch {torch.__version__}: is too old; expected {'.'.join(map(str, OLDEST_TORCH))} or newer "
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise UserError(f"PyTorch {torch.__version__}: is too old; expected {oldest} or newer "
                         f"(pip install -r requirements.txt)")
 
 
 def pick_device(name):
-    """The torch.device of --device (None: CUDA where there is one, else the CPU). UserError where it is missing."""
+    """Return the torch.device of --device (None: CUDA where there is one, else the CPU).
+
+    UserError for one that is missing.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -37,15 +41,18 @@ def pick_device(name):
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise UserError(f"--device {name}: there are {count} CUDA devices here; expected one that is there, or cpu")
+            raise UserError(f"--device {name}: there are {count} CUDA devices here; "
+                            f"expected one that is there, or cpu")
         if device.index is not None:
             torch.cuda.set_device(device)
         try:
             torch.zeros(1, device=device).add_(1).item()
         except torch.OutOfMemoryError:
-            raise UserError(f"--device {name}: has no free memory; expected some, another device, or cpu") from None
+            raise UserError(f"--device {name}: has no free memory; "
+                            f"expected some, another device, or cpu") from None
         except RuntimeError as error:  # a card that this build of PyTorch has no kernels for
-            raise UserError(f"--device {name}: PyTorch {torch.__version__} can't compute on it ({str(error).splitlines()[0]}); "
+            raise UserError(f"--device {name}: PyTorch {torch.__version__} can't compute on it "
+                            f"({str(error).splitlines()[0]}); "
                             f"expected another build of it, or --device cpu") from None
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -57,9 +64,10 @@ def pick_device(name):
 def keep_memory_and_kernels():
     """Have the C library keep what is freed, and oneDNN every kernel that it has built.
 
-    Activations fetched anew from the system are a page fault for every 4 KB, and oneDNN by default forgets all but 1024
-    kernels: fewer than training and validating take together. The first two options are glibc's (mallopt(3)); another C
-    library goes on as it does. The third is oneDNN's, which reads it at its first convolution.
+    Activations fetched anew from the system are a page fault for every 4 KB, and oneDNN by default
+    forgets all but 1024 kernels: fewer than training and validating take together. The first two
+    options are glibc's (mallopt(3)); another C library goes on as it does. The third is oneDNN's,
+    which reads it at its first convolution.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -67,16 +75,18 @@ def keep_memory_and_kernels():
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)  # 32 MB is the most that old versions take
+    # 32 MB is the most that old versions take
+    mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)
     mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
 def pick_precision(wanted, device):
-    """(fp32, bf16 or fp16, why) for --precision on a device.
+    """Return (fp32, bf16 or fp16, why) for --precision on a device.
 
-    auto takes mixed precision where the hardware has it and gains by it: bf16 on CUDA from compute capability 8.0 and on
-    CPUs with AMX or, from AMD, AVX512-BF16. Intel's AVX512-BF16 without AMX multiplies at half of fp32's rate (measured:
-    docs/PERFORMANCE.md). A CPU is never timed, so that a run repeats to the bit; older GPUs are: fp16 or fp32.
+    auto takes mixed precision where the hardware has it and gains by it: bf16 on CUDA from compute
+    capability 8.0 and on CPUs with AMX or, from AMD, AVX512-BF16. Intel's AVX512-BF16 without AMX
+    multiplies at half of fp32's rate (measured: docs/PERFORMANCE.md). A CPU is never timed, so that
+    runs are bitwise identical; older GPUs are: fp16 or fp32.
     """
     if wanted != "auto":
         return wanted, f"{wanted} as asked"
@@ -87,16 +97,18 @@ def pick_precision(wanted, device):
         name = "fp16" if ratio > 1.1 else "fp32"
         return name, f"{name} (fp16 convolves {ratio:.1f} times as fast as fp32 here)"
     if device.type == "cpu":
-        amx, avx = (getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+        amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        avx = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         if amx or avx and "AuthenticAMD" in cpu_description():
             return "bf16", f"bf16 ({'AMX' if amx else 'AVX512-BF16'})"
         if avx:
-            return "fp32", "fp32 (this CPU's AVX512-BF16 is slower; --precision bf16 takes it all the same)"
+            return "fp32", ("fp32 (this CPU's AVX512-BF16 is slower; "
+                            "--precision bf16 takes it all the same)")
     return "fp32", "fp32"
 
 
 def has_bf16(device):
-    """Whether bf16 is the hardware's own: on CUDA from compute capability 8.0. Elsewhere nothing speaks against it."""
+    """Return whether bf16 is the hardware's own: on CUDA from compute capability 8.0."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -110,7 +122,7 @@ def keep_precision(model, saved):
 
 
 def cpu_description():
-    """What the system says of its CPUs; empty where it has no /proc/cpuinfo."""
+    """Return what the system says of its CPUs; empty where it has no /proc/cpuinfo."""
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -118,13 +130,14 @@ def cpu_description():
 
 
 def convolution_speed(dtype, device):
-    """Convolutions a second, laid out as training has them (channels-last); the best of several."""
-    pictures = torch.ones(8, 128, 32, 64, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
-    weights = torch.ones(128, 128, 3, 3, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+    """Return convolutions a second, channels-last as in training; the best of several."""
+    images, weights = (torch.ones(shape, dtype=dtype, device=device)
+                       .contiguous(memory_format=torch.channels_last)
+                       for shape in ((8, 128, 32, 64), (128, 128, 3, 3)))
     best = math.inf
     for _ in range(6):
         began = time.perf_counter()
-        F.conv2d(pictures, weights, padding=1)[0, 0, 0, 0].item()  # waits for a GPU
+        F.conv2d(images, weights, padding=1)[0, 0, 0, 0].item()  # waits for a GPU
         best = min(best, time.perf_counter() - began)
     return 1 / best
 

@@ -19,7 +19,7 @@ DEFAULT_RECIPE = "pool"
 
 # flags that say how and where to run, not what to train: a checkpoint never decides them
 OF_THE_MACHINE = {"save_root", "device", "gpu", "num_workers", "no_cache", "cache_dir", "ckpt_path", "resume", "test", "per_save",
-                  "save_every_steps", "max_minutes", "tensorboard", "store_visualization", "no_compile"}
+                  "save_every_steps", "max_minutes", "tensorboard", "store_visualization", "compile"}
 
 KL_ANNEAL_TYPES = {"cyclical": "Cyclical", "monotonic": "Monotonic", "none": "None", "without": "None"}
 
@@ -176,7 +176,8 @@ def build_parser(prog, description):
     running.add_argument("--device", type=device_name, metavar="DEVICE", help="cuda, cuda:N, cpu or mps (None: cuda where there is one, else cpu)")
     running.add_argument("--gpu", type=number(int, 1), default=1, metavar="N", help="GPUs wanted; above 1 needs torchrun")
     running.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: what is fastest on this machine, printed at the start")
-    running.add_argument("--no_compile", action="store_true", help="never use torch.compile")
+    running.add_argument("--compile", action="store_true", help="torch.compile the networks for training; its gain was not measured on a GPU")
+    running.add_argument("--no_compile", dest="compile", action="store_false", default=False, help="the default; taken for old commands")
     running.add_argument("--checkpoint_steps", action="store_true", help="recompute activations step by step in the backward pass: long windows in less memory")
     running.add_argument("--ckpt_path", type=path, nargs="+", action=OneOrMore, metavar="FILE", help="checkpoint to load; training resumes from it. Several: tested as one, each frame the mean of their predictions")
     running.add_argument("--resume", action="store_true", help="go on from save_root/last.ckpt, from scratch where there is none")
