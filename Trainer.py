@@ -34,6 +34,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 from utils import cli
+from utils import metrics
 from utils import options
 from utils.cli import Stopped, UserError, progress, say
 from dataloader import Dataset_Dance, Frames, ImageLoader, WindowLoader, find_clips, frame_transform
@@ -66,8 +67,8 @@ warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
 # ---------------------------------------------------------------- loss and metric
 
 def Generate_PSNR(imgs1, imgs2, data_range=1.):
-    """Peak signal-to-noise ratio in dB, one number over the whole tensor (inf where the two are equal)."""
-    return 20 * math.log10(data_range) - 10 * torch.log10(F.mse_loss(imgs1, imgs2))
+    """Return the peak signal-to-noise ratio in dB, one number over the whole tensor, at most 100."""
+    return metrics.psnr(F.mse_loss(imgs1, imgs2) / data_range ** 2)
 
 
 def kl_criterion(mu, logvar, batch_size):
@@ -300,6 +301,7 @@ class VAE_Model(nn.Module):
     train_frames = None             # how many the data hold
     restored = None                 # a checkpoint's training state, until training goes on from it
     read_version = None             # and the file's version when it was read
+    argv = None                     # the command line, as `main` got it; a script of somebody's own has none
     began = clock = None            # when the command began, and the Clock of --max_minutes
     fitted_epochs = None            # num_epoch of the stopped run that goes on
     asked_epochs = None             # num_epoch before --max_minutes fitted it
@@ -518,13 +520,13 @@ class VAE_Model(nn.Module):
 
         def look(done, frames):
             squared.append((frames - img[:, 1 + done - frames.shape[1]:1 + done].cpu()).square().mean((2, 3, 4)))
-            so_far = -10 * torch.log10(torch.cat(squared, 1)).mean()
+            so_far = metrics.psnr(torch.cat(squared, 1)).mean()
             self.tqdm_bar("val", self.bar, so_far, self.optim.param_groups[0]["lr"] if hasattr(self, "optim") else 0.0, frames.shape[1])
             self.stop_if_asked(alone=True)
 
         self.predicted = self.rollout(img[:, 0], label, look)  # (B, T - 1, 3, H, W), kept for pictures
         squared = torch.cat(squared, 1)
-        return squared.mean(), (-10 * torch.log10(squared)).mean(0).tolist()
+        return squared.mean(), metrics.psnr(squared).mean(0).tolist()
 
     def eval(self):
         """One validation rollout of the whole validation sequence. Returns the mean PSNR in dB; makes save_root.
@@ -710,7 +712,9 @@ class VAE_Model(nn.Module):
                     self.end_epoch(psnr)
             except Stopped:
                 self.write(["last.ckpt"])
-                say(f"stopped in epoch {self.current_epoch}, saved; go on with: {resume_command()}")
+                last = Path(self.args.save_root) / "last.ckpt"
+                say(f"stopped in epoch {self.current_epoch}, saved; go on "
+                    + (f"from {last}" if self.argv is None else f"with: {resume_command(self.argv)}"))
                 raise
             finally:
                 self.__dict__["parallel"] = None  # it holds on to the process group, which would end after its threads
@@ -1258,17 +1262,30 @@ def require(args, *flags):
             raise UserError(f"--{flag}: is missing; expected a path")
 
 
-def resume_command():
-    words = [word for word in sys.argv if word != "--resume"] + ["--resume"]
+def command_line(argv):
+    """Return the words of this command as a shell takes them. argv: what `main` got; None is the process's own."""
+    if argv is None:
+        return list(sys.argv)
+    here, script = Path.cwd(), Path(__file__).resolve()
+    return [str(script.relative_to(here) if script.is_relative_to(here) else script), *map(str, argv)]
+
+
+def resume_command(argv):
+    """Return the command that resumes the run of a command line (see `command_line`)."""
+    words = [word for word in argv if word != "--resume"] + ["--resume"]
     ranks = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     return (f"torchrun --nproc_per_node={ranks} " if ranks else "python ") + shlex.join(words)
 
 
-def join_processes(args):
-    """(rank, world) under torchrun, else (0, 1). UserError where --gpu wants more than are there."""
+def join_processes(args, argv=None):
+    """(rank, world) under torchrun, else (0, 1). UserError where --gpu wants more than are there.
+
+    argv: as `main` got it, for the command that the error gives.
+    """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.gpu > 1 and world != args.gpu:
-        raise UserError(f"--gpu {args.gpu}: expected to be started as torchrun --nproc_per_node={args.gpu} {shlex.join(sys.argv)}")
+        raise UserError(f"--gpu {args.gpu}: expected to be started as torchrun --nproc_per_node={args.gpu} "
+                        + shlex.join(command_line(argv)))
     if world == 1:
         return 0, 1
     if args.device is None and not torch.cuda.is_available():
@@ -1308,9 +1325,9 @@ def main(argv=None):
     if args.ckpt_path:
         adopt_settings(args)
     require(args, "DR")
-    rank, world = join_processes(args)
+    rank, world = join_processes(args, argv)
     model = VAE_Model(args)
-    model.rank, model.world, model.began = rank, world, began
+    model.rank, model.world, model.began, model.argv = rank, world, began, command_line(argv)
     model.load_checkpoint()
     if args.resume and not last.exists():
         say(f"--resume: there is no {last}, so this starts from " + (args.ckpt_path or "scratch"))

@@ -14,6 +14,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from utils import metrics  # noqa: E402
 from utils.cli import Parser, UserError, number, run  # noqa: E402
 from dataloader import list_images  # noqa: E402
 from utils.frame_cache import decode  # noqa: E402
@@ -31,8 +32,7 @@ def score(pixels, folder, sequences, frames, height, width):
     predicted = pixels.reshape(shape)[:, 1:]
     # frame by frame: all at once in float64 would take 300 MB
     mse = np.array([[np.mean(((p - t) / 255) ** 2) for p, t in zip(*pair)] for pair in zip(predicted.astype(np.int16), truth)])
-    with np.errstate(divide="ignore"):  # an exact frame has infinite PSNR
-        return -10 * np.log10(mse)
+    return metrics.psnr(mse)
 
 
 def build_parser():
