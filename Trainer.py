@@ -24,6 +24,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from utils import cli  # before PyTorch: see utils/__init__.py
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -33,7 +35,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
-from utils import cli
 from utils import metrics
 from utils import options
 from utils.cli import Stopped, UserError, progress, say
@@ -301,7 +302,10 @@ class VAE_Model(nn.Module):
     train_frames = None             # how many the data hold
     restored = None                 # a checkpoint's training state, until training goes on from it
     read_version = None             # and the file's version when it was read
-    argv = None                     # the command line, as `main` got it; a script of somebody's own has none
+    argv = None                     # the command line that `main` got; a third-party script has none
+    ran_init = False                # whether __init__ ran
+    trains_later = False            # in evaluation mode until the next training step
+    logits_said = False             # `warn_of_logits` has its say once
     began = clock = None            # when the command began, and the Clock of --max_minutes
     fitted_epochs = None            # num_epoch of the stopped run that goes on
     asked_epochs = None             # num_epoch before --max_minutes fitted it
@@ -311,6 +315,7 @@ class VAE_Model(nn.Module):
 
     def __init__(self, args):
         super().__init__()
+        self.ran_init = True
         self.args = args
         args.device = str(pick_device(args.device))
         torch.manual_seed(args.seed)
@@ -341,6 +346,21 @@ class VAE_Model(nn.Module):
         self.skipped_in_a_row = torch.zeros((), dtype=torch.long, device=self.device)
         self.new_optimizer()
         self.reset_totals()
+
+    def load_state_dict(self, *args, **options):
+        """Load weights as every module does, and see `evaluate_if_third_party`."""
+        incompatible = super().load_state_dict(*args, **options)
+        self.evaluate_if_third_party()
+        return incompatible
+
+    def evaluate_if_third_party(self):
+        """Leave training mode until the next training step, in a subclass that never ran our __init__.
+
+        The template's Tester is one and never leaves training mode, in which BatchNorm normalizes each pose by itself.
+        """
+        if not self.ran_init:
+            nn.Module.train(self, False)
+            self.trains_later = True
 
     @property
     def args(self):
@@ -426,6 +446,9 @@ class VAE_Model(nn.Module):
     def training_one_step(self, img, label, adapt_TeacherForcing):
         """Forward, backward and one step of the optimizer on a batch of windows; returns the loss (see `forward`)."""
         self.set_up_training()
+        if self.trains_later:
+            nn.Module.train(self, True)
+            self.trains_later = False
         self.optim.zero_grad(set_to_none=True)
         img, label = img.to(self.device, non_blocking=True), label.to(self.device, non_blocking=True)
         statistics = [buffer.clone() for buffer in self.buffers()]  # BatchNorm's: the forward pass moves them
@@ -500,7 +523,10 @@ class VAE_Model(nn.Module):
                     z = torch.zeros(steps, len(noise), *shape, device=device)
                 frames, finite = [], []
                 for s in range(steps):
-                    previous = self.next_frame(channels_last(previous), channels_last(pose[s]), channels_last(z[s])).float()
+                    given = previous
+                    previous = self.next_frame(channels_last(given), channels_last(pose[s]), channels_last(z[s])).float()
+                    if start + s == 1:
+                        self.warn_of_logits(previous, given)
                     finite.append(previous.isfinite().flatten(1).all(1))
                     previous = previous.clamp(0, 1)
                     frames.append(previous)
@@ -513,6 +539,13 @@ class VAE_Model(nn.Module):
                 if on_block:
                     on_block(start + steps - 1, blocks[-1])
         return torch.cat(blocks, 1)
+
+    def warn_of_logits(self, frames, given):
+        """Name --output sigmoid, once, where the first generated frames (S, 3, H, W) come from a network that had one."""
+        if self.args.output == "none" and not self.logits_said and metrics.are_logits(frames, given):
+            self.logits_said = True
+            say("the first generated frames are far outside [0, 1], as those of a network that was trained with a sigmoid; "
+                "expected --output sigmoid for it")
 
     def val_one_step(self, img, label):
         """Roll out a batch of sequences, img and label (B, T, 3, H, W). Returns (loss, T - 1 PSNRs in dB, means over B)."""
@@ -1011,7 +1044,7 @@ class VAE_Model(nn.Module):
             "state_dict": weights,
             **(raw if self.ema is not None or self.poses is not None else {}),
             "optimizer": state.pop("optimizer"),
-            "lr": self.optim.param_groups[0]["lr"],
+            "lr": self.scheduler.base_lrs[0],  # the peak: at the end of a cosine a third-party script would train at 0
             "tfr": self.tfr,
             "last_epoch": self.current_epoch - 1,
             "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()
@@ -1108,6 +1141,7 @@ class VAE_Model(nn.Module):
         self.read_version = file_version(self.args.ckpt_path)
         loaded = read_checkpoint(self.args.ckpt_path)
         load_weights(self, loaded["state_dict"], self.args.ckpt_path)
+        self.evaluate_if_third_party()
         self.ema = self.pool = self.poses = None  # of a stage before this; what is loaded are the weights to validate
         self.set_up_training()
         self.base_lr = self.args.lr
@@ -1117,13 +1151,14 @@ class VAE_Model(nn.Module):
         self.current_epoch = int(loaded["last_epoch"]) + 1 if loaded.get("last_epoch") is not None else 0
         self.kl_annealing.current_epoch = self.current_epoch
         self.new_optimizer()
-        # a stranger's lr is that of its last epoch; ours is restored with the scheduler when training goes on
-        self.scheduler.base_lrs = [self.base_lr if self.args.schedule == "cosine" else
-                                   self.args.lr / learning_rate_factor(self.args, self.current_epoch, 0)]
+        resume = loaded.get("resume")  # anything in a third-party checkpoint
+        ours = isinstance(resume, dict) and {"history", "best_psnr", "train_frames", "ranks"} <= resume.keys()
+        # lr is the schedule's peak in ours, in a third-party checkpoint the last epoch's
+        factor = 1 if ours else learning_rate_factor(self.args, self.current_epoch, 0)
+        self.scheduler.base_lrs = [self.base_lr if self.args.schedule == "cosine" else self.args.lr / factor]
         self.set_learning_rate()
         self.load_moments(loaded["optimizer"])
-        resume = loaded.get("resume")
-        if isinstance(resume, dict) and {"history", "best_psnr", "train_frames", "ranks"} <= resume.keys():  # a stranger's may be anything
+        if ours:
             self.restored = {"weights": loaded.get("train_state_dict", loaded["state_dict"]), "optimizer": loaded["optimizer"], **resume}
             self.history, self.best_psnr = resume["history"], resume["best_psnr"]
 

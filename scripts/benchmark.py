@@ -27,6 +27,10 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from utils.cli import Parser, UserError, number, progress, run  # before PyTorch: utils/__init__.py
+
 import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,10 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import Trainer
-from utils.cli import Parser, UserError, number, progress, run
 from utils.options import device_name
 from dataloader import Dataset_Dance, Frames, WindowLoader, find_clips, frame_transform, list_pairs, list_test_sequences
 from utils.frame_cache import read_image

@@ -1,4 +1,4 @@
-"""Strangers' files and scripts: a checkpoint never runs code, the ones found in the wild load, template scripts keep working."""
+"""Third-party files and scripts: no code runs, checkpoints load, template scripts keep working."""
 
 import argparse
 import collections
@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import types
 
 import numpy as np
@@ -20,6 +21,7 @@ import Tester
 import Trainer
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 from utils.checkpoint import NETWORKS, read_checkpoint
+from utils.metrics import are_logits
 
 SIZES = dict(frame_H=16, frame_W=32, F_dim=16, L_dim=8, N_dim=4, D_out_dim=16)
 
@@ -104,7 +106,7 @@ def test_code_in_a_checkpoint_never_runs(template, tmp_path, capfd, kind, where,
 
 def test_every_load_in_the_project_is_of_weights_only():
     loads = []
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("scripts/*.py")]:
         text = path.read_text(encoding="utf-8")
         loads += re.findall(r"torch\.load\([^\n]*", text)
         assert not re.search(r"pickle\.loads?\(|allow_pickle=True|np\.load\(|joblib|torch\.jit\.load", text), path
@@ -115,6 +117,11 @@ def test_every_load_in_the_project_is_of_weights_only():
 
 def prefixed(prefix, weights):
     return {prefix + key: value for key, value in weights.items()}
+
+
+def wrapped(pattern, replacement, template):
+    weights = template["state_dict"]
+    return {re.sub(pattern, replacement, key): value for key, value in weights.items()}
 
 
 def adam(template, kind=torch.optim.Adam, steps=1):
@@ -145,7 +152,15 @@ WILD = {
     "NumPy arrays of one": lambda t: {**t, "lr": np.array(0.0005), "tfr": np.array([0.7]), "last_epoch": np.array(3, dtype=np.int32)},
     "tensors of one": lambda t: {**t, "lr": torch.tensor(0.0005), "tfr": torch.tensor([0.7]), "last_epoch": torch.tensor(3)},
     "module. prefixes": lambda t: {**t, "state_dict": prefixed("module.", t["state_dict"]), "optimizer": {}},
-    "two prefixes": lambda t: {**t, "state_dict": prefixed("module._orig_mod.", t["state_dict"])},
+    "two prefixes": lambda t: {
+        **t, "state_dict": prefixed("module._orig_mod.", t["state_dict"])},
+    "networks compiled": lambda t: {**t, "state_dict": wrapped(r"^(\w+)\.", r"\1._orig_mod.", t)},
+    "networks in parallel": lambda t: {**t, "state_dict": wrapped(r"^(\w+)\.", r"\1.module.", t)},
+    "layers wrapped": lambda t: {**t, "state_dict": wrapped(
+        r"^(\w+\.\d)\.", r"_fsdp_wrapped_module.\1._checkpoint_wrapped_module.", t)},
+    "model. and compiled": lambda t: {
+        **t, "state_dict": wrapped(r"^(\w+)\.", r"model.\1._orig_mod.", t)},
+    "net. prefixes": lambda t: {**t, "state_dict": prefixed("net.", t["state_dict"])},
     "half precision": lambda t: {**t, "state_dict": {k: v.half() if v.is_floating_point() else v for k, v in t["state_dict"].items()}},
     "parameters": lambda t: {**t, "state_dict": {k: nn.Parameter(v, v.is_floating_point()) for k, v in t["state_dict"].items()}},
 }
@@ -177,7 +192,7 @@ def test_checkpoints_found_in_the_wild_load_and_go_on(case, template, tmp_path, 
 def test_a_real_optimizer_is_taken(template, tmp_path):
     state = adam(template, steps=3)
     torch.save({**template, "optimizer": state}, tmp_path / "wild.ckpt")
-    for moments in state["state"].values():  # a stranger's tensors are laid out in the usual way
+    for moments in state["state"].values():  # third-party tensors are not channels-last
         moments["exp_avg"] = torch.rand_like(moments["exp_avg"]).contiguous()
     torch.save({**template, "optimizer": state}, tmp_path / "wild.ckpt")
     model = loaded(tmp_path / "wild.ckpt")
@@ -243,6 +258,8 @@ REFUSED = {
     "no weights": lambda path, t: torch.save({"lr": 0.1}, path),
     "weights of another network": lambda path, t: torch.save({"state_dict": {"conv.weight": torch.zeros(3)}}, path),
     "a missing key": lambda path, t: torch.save({k: v for k, v in t["state_dict"].items() if k != "Generator.7.bias"}, path),
+    "two models": lambda path, t: torch.save(
+        {**t["state_dict"], "module.Generator.7.bias": torch.zeros(3)}, path),
     "a key too many": lambda path, t: torch.save({**t["state_dict"], "Generator.8.bias": torch.zeros(3)}, path),
     "a network missing": lambda path, t: torch.save({k: v for k, v in t["state_dict"].items() if "RGB" not in k and "frame_" not in k}, path),
     "one weight of another size": lambda path, t: torch.save({**t["state_dict"], "Generator.7.bias": torch.zeros(4)}, path),
@@ -387,13 +404,150 @@ class OverridesAll(NetworksOnly):
         pass
 
 
-def test_a_script_that_subclasses_as_the_templates_tester_does(ours, tiny_data, tiny_run, tmp_path):
+def test_a_script_that_subclasses_as_the_templates_tester_does(
+        ours, tiny_data, tiny_run, tmp_path):
     """With a checkpoint of ours, which torch.load reads without allowances."""
-    model = OverridesAll(bare(DR=str(tiny_data), save_root=str(tmp_path / "out"), ckpt_path=str(tiny_run / "best.ckpt"), batch_size=1))
+    model = OverridesAll(bare(
+        DR=str(tiny_data), save_root=str(tmp_path / "out"), batch_size=1,
+        ckpt_path=str(tiny_run / "best.ckpt")))
+    assert model.training
     model.load_checkpoint()
     assert equal(model, ours["state_dict"])
     made = model.eval()
-    assert len(made) == 5 and made[0].shape == (1, 20, 3, 16, 32) and torch.isfinite(made[0]).all()
+    assert len(made) == 5 and made[0].shape == (1, 20, 3, 16, 32)
+    assert torch.isfinite(made[0]).all()
+    assert equal(model, ours["state_dict"])  # its rollouts move no statistics of BatchNorm
+
+
+def test_a_tester_that_never_leaves_training_mode_scores_as_ours_does(
+        ours, tiny_data, tiny_run, tmp_path, monkeypatch):
+    """Blank and nearly blank poses: BatchNorm must not normalize each of them by itself."""
+    flags = dict(DR=str(tiny_data), save_root=str(tmp_path), ckpt_path=str(tiny_run / "best.ckpt"))
+    theirs = OverridesAll(bare(**flags, batch_size=1))
+    theirs.load_checkpoint()
+    mine = Trainer.VAE_Model(bare(**flags, precision="fp32", z="zero"))
+    mine.load_checkpoint()
+    monkeypatch.setattr(torch, "randn", lambda *shape, device=None: torch.zeros(shape))
+
+    dataset = Tester.Dataset_Dance(tiny_data, Trainer.frame_transform(16, 32), video_len=20)
+    first, label = dataset[3]
+    label = label.clone()
+    label[5:] = label[0, :, :1, :1]  # the background
+    label[7:, :, 8, 8] += 1 / 255
+    theirs.made = []
+    with torch.no_grad():
+        theirs.val_one_step(first[None], label[None])
+    (found,) = theirs.made
+    assert torch.isfinite(found).all()
+    assert torch.allclose(found[:, 1:], mine.rollout(first, label[None]), atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["load_state_dict", "load_checkpoint"])
+def test_networks_alone_evaluate_once_loaded_and_train_in_a_step(way, template, tmp_path):
+    torch.save(template, tmp_path / "wild.ckpt")
+    model = NetworksOnly(bare(ckpt_path=str(tmp_path / "wild.ckpt")))
+    if way == "load_checkpoint":
+        model.load_checkpoint()
+    else:
+        assert not model.load_state_dict(template["state_dict"], strict=True).missing_keys
+    assert not any(module.training for module in model.modules())
+    img = torch.rand(2, 3, 3, 16, 32)
+    for _ in range(2):
+        before = [buffer.clone() for buffer in model.buffers()]
+        model.val_one_step(img, img)
+        assert all(map(torch.equal, before, model.buffers()))
+        model.training_one_step(img, img, True)
+        assert all(module.training for module in model.modules())
+        assert not any(map(torch.equal, before, model.buffers()))
+
+
+def test_a_trainer_of_ours_stays_in_training_mode(template):
+    model = Trainer.VAE_Model(bare())
+    model.load_state_dict(template["state_dict"])
+    assert model.training
+
+
+# ---------------------------------------------------------------- what a checkpoint of ours is for others
+
+@pytest.mark.parametrize("recipe, peak", [("pool", 2e-3), ("template", 1e-3)])
+def test_the_learning_rate_of_a_finished_run_can_be_trained_with(recipe, peak, tiny_data, tmp_path):
+    """A third-party Trainer does Adam(lr=checkpoint["lr"]); the end of a cosine would be 0."""
+    flags = ["--DR", tiny_data, "--save_root", tmp_path, *TINY, "--num_epoch", 1,
+             "--recipe", recipe, "--train_vi_len", 4]
+    assert in_process(Trainer.main, *flags) == 0
+    for name in ("best.ckpt", "last.ckpt", "epoch=0.ckpt"):
+        checkpoint = torch.load(tmp_path / name, weights_only=True)
+        assert checkpoint["lr"] == pytest.approx(peak)
+    model = NetworksOnly(bare())
+    model.load_state_dict(checkpoint["state_dict"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=checkpoint["lr"])
+    model.Generator[7].bias.sum().backward()
+    optimizer.step()
+    moved = (model.Generator[7].bias - checkpoint["state_dict"]["Generator.7.bias"]).abs()
+    assert moved.max().item() == pytest.approx(peak, rel=1e-3)
+
+
+def test_a_resume_does_not_read_the_learning_rate(tiny_data, tmp_path):
+    flags = ["--DR", tiny_data, *TINY, "--num_epoch", 1, "--save_root"]
+    assert in_process(Trainer.main, *flags, tmp_path / "a") == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    last = torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)
+    torch.save({**last, "lr": 7.0}, tmp_path / "b" / "last.ckpt")
+    results = []
+    for name in "ab":
+        assert in_process(Trainer.main, *flags, tmp_path / name, "--num_epoch", 2, "--resume") == 0
+        results.append(torch.load(tmp_path / name / "last.ckpt", weights_only=True))
+    assert results[0]["lr"] == results[1]["lr"] == pytest.approx(2e-3)
+    for key, value in results[0]["train_state_dict"].items():
+        assert torch.equal(value, results[1]["train_state_dict"][key])
+
+
+# ---------------------------------------------------------------- trained with a sigmoid of one's own
+
+@pytest.fixture(scope="module")
+def with_sigmoid(tiny_data, tmp_path_factory):
+    """A third-party checkpoint of a network trained with a sigmoid after the Generator."""
+    folder = tmp_path_factory.mktemp("sigmoid")
+    assert in_process(Trainer.main, "--DR", tiny_data, "--save_root", folder, *TINY,
+                      "--output", "sigmoid", "--num_epoch", 4, "--lr", 0.01) == 0
+    weights = torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]
+    torch.save({"state_dict": weights}, folder / "third.ckpt")
+    return folder / "third.ckpt"
+
+
+@pytest.mark.parametrize("main", [Trainer.main, Tester.main])
+def test_a_network_trained_with_a_sigmoid_is_told_how_to_be_tested(
+        main, with_sigmoid, tiny_data, tmp_path, capsys):
+    flags = ["--DR", tiny_data, "--save_root", tmp_path / "out", "--ckpt_path", with_sigmoid,
+             *TINY, "--test"]
+    assert in_process(main, *flags) == 0
+    assert capsys.readouterr().out.count("--output sigmoid") == 1
+    assert in_process(main, *flags, "--output", "sigmoid") == 0
+    assert "expected --output sigmoid" not in capsys.readouterr().out
+
+
+def test_a_network_trained_without_is_not(tiny_data, tiny_run, tmp_path, capsys):
+    for main in (Trainer.main, Tester.main):
+        assert in_process(main, "--DR", tiny_data, "--save_root", tmp_path / "out", "--ckpt_path",
+                          tiny_run / "best.ckpt", *TINY, "--test") == 0
+    assert "sigmoid" not in capsys.readouterr().out
+
+
+def test_what_counts_as_trained_with_a_sigmoid():
+    """Far outside [0, 1] alone is not enough: a clamp in training lets values run off, too."""
+    given = torch.rand(2, 3, 16, 32, generator=torch.Generator().manual_seed(0)).clamp(0.02, 0.98)
+    noise = 0.05 * torch.randn(given.shape, generator=torch.Generator().manual_seed(1))
+    dark_or_bright = given.round().clamp(0.02, 0.98)
+    far_off = (given.round() - 0.5) * 20
+    for frames, before, expected in [
+            (torch.logit(given) + noise, given, True),              # a sigmoid's network
+            (torch.logit(dark_or_bright), dark_or_bright, True),    # high contrast
+            (given + noise, given, False),                          # a good network without
+            (0.1 + noise, given, False),                            # one that knows nothing yet
+            (far_off, given.round(), False),                        # trained with a clamp
+            (1e6 * noise, given, False),                            # exploded
+            (given * math.nan, given, False)]:
+        assert are_logits(frames, before) == expected
 
 
 @pytest.mark.parametrize("attributes", [

@@ -13,7 +13,7 @@ from PIL import Image, ImageSequence
 
 import Tester
 from dataloader import Dataset_Dance, frame_transform
-from utils.submission import check_submission, csv_rows, write_submission
+from utils.submission import check_submission, csv_rows, format_warning, write_submission
 
 SEQUENCES, FRAMES, H, W = 5, 20, 16, 32
 CPU = ["--device", "cpu", "--precision", "fp32"]
@@ -201,6 +201,23 @@ def test_a_run_that_was_validated_in_another_way_is_said(tiny_run, tmp_path, cap
     for flags, said in (((), True), (("--z", "zero"), False)):
         assert in_process(Tester.main, "--ckpt_path", tmp_path / "zero.ckpt", "--save_root", tmp_path / "out", *CPU, *flags) == 0
         assert ("--z prior: the run was validated with --z zero" in capsys.readouterr().out) == said
+
+
+def test_another_format_than_the_competitions_is_said(tiny_run, tmp_path, capsys):
+    flags = ["--ckpt_path", tiny_run / "best.ckpt", "--save_root", tmp_path / "out", *CPU]
+    assert in_process(Tester.main, *flags) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "competition" in line]
+    assert line.endswith(
+        "not the competition's format: 5 sequences of 20 frames of 16x32, 100 rows of 1,537 "
+        "columns; it takes 5 sequences of 630 frames of 32x64, 3,150 rows of 6,145 columns")
+
+
+@pytest.mark.parametrize("shape, allowed", [
+    ((5, 630, (3, 32, 64)), True), ((4, 630, (3, 32, 64)), False), ((5, 629, (3, 32, 64)), False),
+    ((5, 630, (3, 64, 32)), False), ((5, 630, (3, 32, 32)), False)])
+def test_the_format_of_the_competition(shape, allowed):
+    assert (format_warning(*shape) is None) == allowed
+    assert (format_warning(*shape[:2], torch.Size(shape[2])) is None) == allowed
 
 
 def test_no_sanity_skips_the_check(tiny_run, tmp_path, monkeypatch):
