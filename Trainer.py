@@ -68,7 +68,7 @@ warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
 # ---------------------------------------------------------------- loss and metric
 
 def Generate_PSNR(imgs1, imgs2, data_range=1.):
-    """Return the peak signal-to-noise ratio in dB, one number over the whole tensor, at most 100."""
+    """Return the peak signal-to-noise ratio in dB over the whole tensor, at most 100."""
     return metrics.psnr(F.mse_loss(imgs1, imgs2) / data_range ** 2)
 
 
@@ -302,7 +302,7 @@ class VAE_Model(nn.Module):
     train_frames = None             # how many the data hold
     restored = None                 # a checkpoint's training state, until training goes on from it
     read_version = None             # and the file's version when it was read
-    argv = None                     # the command line that `main` got; a third-party script has none
+    argv = None                     # the command line that `main` got; None in other scripts
     ran_init = False                # whether __init__ ran
     trains_later = False            # in evaluation mode until the next training step
     logits_said = False             # `warn_of_logits` has its say once
@@ -354,9 +354,10 @@ class VAE_Model(nn.Module):
         return incompatible
 
     def evaluate_if_third_party(self):
-        """Leave training mode until the next training step, in a subclass that never ran our __init__.
+        """Leave training mode until the next training step, where our __init__ never ran.
 
-        The template's Tester is one and never leaves training mode, in which BatchNorm normalizes each pose by itself.
+        Such a subclass, as the template's Tester, never leaves training mode itself, in which
+        BatchNorm normalizes each pose alone.
         """
         if not self.ran_init:
             nn.Module.train(self, False)
@@ -524,7 +525,8 @@ class VAE_Model(nn.Module):
                 frames, finite = [], []
                 for s in range(steps):
                     given = previous
-                    previous = self.next_frame(channels_last(given), channels_last(pose[s]), channels_last(z[s])).float()
+                    inputs = map(channels_last, (given, pose[s], z[s]))
+                    previous = self.next_frame(*inputs).float()
                     if start + s == 1:
                         self.warn_of_logits(previous, given)
                     finite.append(previous.isfinite().flatten(1).all(1))
@@ -541,11 +543,12 @@ class VAE_Model(nn.Module):
         return torch.cat(blocks, 1)
 
     def warn_of_logits(self, frames, given):
-        """Name --output sigmoid, once, where the first generated frames (S, 3, H, W) come from a network that had one."""
-        if self.args.output == "none" and not self.logits_said and metrics.are_logits(frames, given):
+        """Name --output sigmoid, once, where the first generated frames (S, 3, H, W) want one."""
+        plain = self.args.output == "none" and not self.logits_said
+        if plain and metrics.are_logits(frames, given):
             self.logits_said = True
-            say("the first generated frames are far outside [0, 1], as those of a network that was trained with a sigmoid; "
-                "expected --output sigmoid for it")
+            say("the first generated frames are far outside [0, 1], as those of a network that was "
+                "trained with a sigmoid; expected --output sigmoid for it")
 
     def val_one_step(self, img, label):
         """Roll out a batch of sequences, img and label (B, T, 3, H, W). Returns (loss, T - 1 PSNRs in dB, means over B)."""
@@ -747,7 +750,7 @@ class VAE_Model(nn.Module):
                 self.write(["last.ckpt"])
                 last = Path(self.args.save_root) / "last.ckpt"
                 say(f"stopped in epoch {self.current_epoch}, saved; go on "
-                    + (f"from {last}" if self.argv is None else f"with: {resume_command(self.argv)}"))
+                    + (f"with: {resume_command(self.argv)}" if self.argv else f"from {last}"))
                 raise
             finally:
                 self.__dict__["parallel"] = None  # it holds on to the process group, which would end after its threads
@@ -1044,7 +1047,7 @@ class VAE_Model(nn.Module):
             "state_dict": weights,
             **(raw if self.ema is not None or self.poses is not None else {}),
             "optimizer": state.pop("optimizer"),
-            "lr": self.scheduler.base_lrs[0],  # the peak: at the end of a cosine a third-party script would train at 0
+            "lr": self.scheduler.base_lrs[0],  # the peak: a cosine's end is 0, no use to others
             "tfr": self.tfr,
             "last_epoch": self.current_epoch - 1,
             "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()
@@ -1152,10 +1155,12 @@ class VAE_Model(nn.Module):
         self.kl_annealing.current_epoch = self.current_epoch
         self.new_optimizer()
         resume = loaded.get("resume")  # anything in a third-party checkpoint
-        ours = isinstance(resume, dict) and {"history", "best_psnr", "train_frames", "ranks"} <= resume.keys()
+        own_keys = {"history", "best_psnr", "train_frames", "ranks"}
+        ours = isinstance(resume, dict) and own_keys <= resume.keys()
         # lr is the schedule's peak in ours, in a third-party checkpoint the last epoch's
         factor = 1 if ours else learning_rate_factor(self.args, self.current_epoch, 0)
-        self.scheduler.base_lrs = [self.base_lr if self.args.schedule == "cosine" else self.args.lr / factor]
+        cosine = self.args.schedule == "cosine"
+        self.scheduler.base_lrs = [self.base_lr if cosine else self.args.lr / factor]
         self.set_learning_rate()
         self.load_moments(loaded["optimizer"])
         if ours:
@@ -1298,11 +1303,12 @@ def require(args, *flags):
 
 
 def command_line(argv):
-    """Return the words of this command as a shell takes them. argv: what `main` got; None is the process's own."""
+    """Return the words of this command. argv: what `main` got; None is the process's own."""
     if argv is None:
         return list(sys.argv)
     here, script = Path.cwd(), Path(__file__).resolve()
-    return [str(script.relative_to(here) if script.is_relative_to(here) else script), *map(str, argv)]
+    script = script.relative_to(here) if script.is_relative_to(here) else script
+    return [str(script), *map(str, argv)]
 
 
 def resume_command(argv):
@@ -1319,8 +1325,8 @@ def join_processes(args, argv=None):
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.gpu > 1 and world != args.gpu:
-        raise UserError(f"--gpu {args.gpu}: expected to be started as torchrun --nproc_per_node={args.gpu} "
-                        + shlex.join(command_line(argv)))
+        raise UserError(f"--gpu {args.gpu}: expected to be started as torchrun "
+                        f"--nproc_per_node={args.gpu} {shlex.join(command_line(argv))}")
     if world == 1:
         return 0, 1
     if args.device is None and not torch.cuda.is_available():

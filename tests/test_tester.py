@@ -42,7 +42,7 @@ def tested(tiny_data, tiny_run, tmp_path_factory):
 
 @pytest.fixture
 def changed(tiny_run, tmp_path):
-    """changed(key, value, ...): a copy of the checkpoint with one weight filled, other entries set."""
+    """changed(key, value, ...): the checkpoint with one weight filled, other entries set."""
 
     def change(key=None, value=None, **fields):
         content = torch.load(tiny_run / "best.ckpt", weights_only=True)

@@ -1,4 +1,4 @@
-"""What Trainer, Tester, dataloader and scripts share. Imported before PyTorch, which reads this once:
+"""What Trainer, Tester, dataloader and scripts share, and what OpenMP reads when PyTorch loads it.
 
 OpenMP's threads wait for each other by spinning, in libgomp for milliseconds. Beside another busy
 process the thread that is waited for does not run meanwhile, operation by operation. On two shared

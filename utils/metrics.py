@@ -10,7 +10,8 @@ LEAST_MSE = 1e-10  # 100 dB: an exact frame would be infinite, and so would ever
 def psnr(mse):
     """Return the PSNR in dB of frames' mean squared errors: a float, an array or a tensor.
 
-    The frames are in [0, 1]. Everything that averages, compares, plots or reports a PSNR takes it from here. NaN stays NaN.
+    The frames are in [0, 1]. Everything that averages, compares, plots or reports a PSNR takes it
+    from here. NaN stays NaN.
     """
     if hasattr(mse, "clamp"):  # a tensor; half precision cannot hold LEAST_MSE
         mse = mse.float() if mse.element_size() < 4 else mse
