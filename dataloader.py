@@ -15,12 +15,13 @@ import signal
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.cli import INTERRUPTED, UserError  # before PyTorch: see utils/__init__.py
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from utils.cli import INTERRUPTED, UserError
 from utils.frame_cache import cache_folder, cached, decode, read_image, to_float
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}

@@ -14,10 +14,11 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from utils import metrics  # noqa: E402
 from utils.cli import Parser, UserError, number, run  # noqa: E402
 from dataloader import list_images  # noqa: E402
 from utils.frame_cache import decode  # noqa: E402
-from utils.submission import check_submission  # noqa: E402
+from utils.submission import check_submission, format_warning  # noqa: E402
 
 
 def score(pixels, folder, sequences, frames, height, width):
@@ -31,8 +32,7 @@ def score(pixels, folder, sequences, frames, height, width):
     predicted = pixels.reshape(shape)[:, 1:]
     # frame by frame: all at once in float64 would take 300 MB
     mse = np.array([[np.mean(((p - t) / 255) ** 2) for p, t in zip(*pair)] for pair in zip(predicted.astype(np.int16), truth)])
-    with np.errstate(divide="ignore"):  # an exact frame has infinite PSNR
-        return -10 * np.log10(mse)
+    return metrics.psnr(mse)
 
 
 def build_parser():
@@ -52,7 +52,11 @@ def main(argv=None):
     pixels = check_submission(args.csv, args.sequences, args.frames, values)
     if args.ground_truth:
         psnr = score(pixels, args.ground_truth, args.sequences, args.frames, args.frame_H, args.frame_W)
-    print(f"accepted: {args.csv}: {len(pixels):,} rows of {values:,} values ({args.sequences} sequences of {args.frames} frames)")
+    print(f"accepted: {args.csv}: {len(pixels):,} rows of {values:,} values "
+          f"({args.sequences} sequences of {args.frames} frames)")
+    warning = format_warning(args.sequences, args.frames, (3, args.frame_H, args.frame_W))
+    if warning:
+        print(f"{args.csv}: {warning}")
     if args.ground_truth:
         print(f"PSNR in dB over frames 1 to {args.frames - 1} (frame 0 is given, so it is not scored):")
         print(f"{'sequence':>8} {'mean':>8} {'min':>8} {'last':>8}")

@@ -4,7 +4,9 @@
 """
 
 import argparse
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -118,6 +120,22 @@ def test_what_is_missing_is_named(main, flags, named, tmp_path, monkeypatch):
     with pytest.raises(cli.UserError, match=named):
         main(flags)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module, given, expected", [
+    ("Trainer", {}, "2000"), ("Tester", {}, "2000"), ("scripts.benchmark", {}, "2000"),
+    ("dataloader", {"OMP_WAIT_POLICY": "passive"}, "0")])
+def test_threads_hardly_spin_for_each_other(module, given, expected):
+    """What libgomp itself says at its start: 20 s in place of 1 s a step beside a busy process."""
+    environment = {key: value for key, value in os.environ.items()
+                   if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {module}"], cwd=ROOT, capture_output=True, text=True,
+        env={**environment, "OMP_DISPLAY_ENV": "verbose", **given}, timeout=90)
+    assert done.returncode == 0, done.stderr
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("this build of PyTorch has another OpenMP than GNU's")
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
