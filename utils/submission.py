@@ -1,8 +1,8 @@
-"""The Kaggle submission: a CSV of pixel values, written and checked. Needs neither PyTorch nor the rest of the project."""
+"""The Kaggle submission: a CSV of pixel values, written and checked. Needs NumPy alone."""
 
 import numpy as np
 
-from utils.cli import UserError, progress
+from utils.cli import UserError
 from utils.files import atomic
 
 
@@ -59,7 +59,7 @@ def check_submission(path, sequences, frames, values):
                 what = f"has {len(found)} columns" if first is None else f"has {shown(found[first])} as column {first + 1}"
                 fail(1, f"the header {what}, expected id,0,1,...,{values - 1} ({values + 1} columns)")
             pixels = np.empty((rows, values), dtype=np.uint8)
-            for row in progress(range(rows), desc="checking", unit="row", leave=False, delay=1):
+            for row in range(rows):
                 line = row + 2
                 raw, content = next_line()
                 if not raw:
