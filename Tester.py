@@ -20,7 +20,7 @@ from utils.cli import UserError, progress
 from dataloader import frame_transform
 from utils.frame_cache import cache_folder, cached, to_float
 from utils.hardware import check_torch
-from utils.files import check_save_root, make_folder
+from utils.files import check_save_root, make_folder, output_folder
 from utils.submission import check_submission, csv_rows, write_submission
 from Trainer import VAE_Model, adopt_settings, require
 
@@ -136,6 +136,8 @@ def main(argv=None):
     if args.save_root is None:
         args.save_root = str(Path(args.ckpt_path).parent / "test")
     check_save_root(args.save_root)
+    names = "submission.csv", "pred_seq*.gif", "pose_pred_seq*.gif"
+    args.save_root = str(output_folder(args.save_root, names))
     with cli.catching_signals(cli.stop):
         model = Test_model(args)
         model.load_checkpoint()

@@ -41,11 +41,13 @@ from utils.frame_cache import decode
 from utils.hardware import check_torch, has_bf16, pick_device, pick_precision
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 from utils.muon import Muon, is_matrix
-from utils.checkpoint import NETWORKS, file_version, is_latest_in, load_weights, optimizer_fits, read_checkpoint, sizes, write_checkpoint
-from utils.files import check_save_root, locked, make_folder, set_aside, sweep_leftovers, write_csv
+from utils.checkpoint import (NETWORKS, file_version, is_latest_in, is_resumable, load_weights, optimizer_fits,
+                              read_checkpoint, sizes, write_checkpoint)
+from utils.files import (check_save_root, csv_length, locked, make_folder, optional, output_folder, set_aside,
+                         sweep_leftovers, write_csv)
 from utils.schedules import (WARM_UP, beta_at, continuous, data_share, frange_cycle_linear, kl_cycles, learning_rate_factor,
                              teacher_forcing_ratio)
-from utils.logger import HISTORY, STEPS, log_to_tensorboard, plot_psnr, tensorboard_writer, write_gif
+from utils.logger import HISTORY, STEPS, log_to_tensorboard, open_tensorboard, plot_psnr, tensorboard_writer, write_gif
 
 CLIP_NORM = 1.0           # gradient norm, the template's
 ROLLOUT_BLOCK = 32        # frames between two looks at the rollout: progress bar, signals, non-finite values
@@ -767,7 +769,7 @@ class VAE_Model(nn.Module):
         if best:
             self.best_psnr = psnr
         if self.rank == 0:
-            line = self.record(epoch, psnr, best)
+            line = self.record(epoch, psnr) + (", best" if best else "")
         self.current_epoch, self.step = epoch + 1, 0
         self.kl_annealing.update()
         self.teacher_forcing_ratio_update()
@@ -779,10 +781,11 @@ class VAE_Model(nn.Module):
         names = ["best.ckpt"] * best + [f"epoch={epoch}.ckpt"] * (epoch % self.args.per_save == 0) + ["last.ckpt"]
         self.write(names)
         if self.rank == 0:
+            self.write_tables(best)
             say(line)
 
-    def record(self, epoch, psnr, best):
-        """The epoch's row in history.csv, and the pictures of the best epoch (of every epoch if wanted). Returns a line that says it."""
+    def record(self, epoch, psnr):
+        """Add the epoch's row to the history. Return a line that says it."""
         loss, reconstruction, mse, kl, taken, skipped = self.totals.tolist()
         taken, sums = max(1, taken), means(self.sums)
         frames = self.step * self.args.batch_size * (self.args.train_vi_len - 1) * self.world
@@ -791,18 +794,36 @@ class VAE_Model(nn.Module):
             mse / taken, kl / taken, self.val_loss, psnr,
             min(self.psnr_per_frame), self.psnr_per_frame[-1], int(skipped), self.seconds, frames / max(self.seconds, 1e-9))))
         self.history.append(row)
-        root = Path(self.args.save_root)
-        write_csv(root / "history.csv", HISTORY, self.history)
-        write_csv(root / "steps.csv", STEPS, self.steps)
-        if best:
-            self.write_validation(root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
-        if getattr(self.args, "store_visualization", False):
-            self.write_validation(root / f"epoch={epoch}_psnr.png", root / f"epoch={epoch}_pred.gif")
-        if self.board:
-            log_to_tensorboard(self.board, row, root / "val_pred.gif" if best else None)
         return (f"epoch {epoch}: lr {row['lr']:.2e}, tfr {row['tfr']:.3f}, beta {row['beta']:.2f}, loss {row['train_loss']:.5f} "
                 f"(mse {row['train_mse']:.5f}, kl {row['train_kl']:.1f}), validation PSNR mean {psnr:.2f} min {row['val_psnr_min']:.2f} "
-                f"last {row['val_psnr_last']:.2f} dB, {row['frames_per_second']:.1f} frames/s" + (", best" if best else ""))
+                f"last {row['val_psnr_last']:.2f} dB, {row['frames_per_second']:.1f} frames/s")
+
+    def write_tables(self, best):
+        """Write what the newest epoch adds to tables and figures. One that can't be written is a line, and training goes on."""
+        root, row = Path(self.args.save_root), self.history[-1]
+        if best:
+            self.write_validation(root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv", optional)
+        if getattr(self.args, "store_visualization", False):
+            self.write_validation(root / f"epoch={row['epoch']}_psnr.png", root / f"epoch={row['epoch']}_pred.gif", guard=optional)
+        if self.board:
+            with optional(root / "tensorboard"):
+                log_to_tensorboard(self.board, row, root / "val_pred.gif" if best else None)
+        with optional(root / "steps.csv"):
+            write_csv(root / "steps.csv", STEPS, self.steps)
+        with optional(root / "history.csv"):  # last: where it is whole, `catch_up` has nothing to do
+            write_csv(root / "history.csv", HISTORY, self.history)
+
+    def catch_up(self):
+        """Write the tables and figures that the newest epoch lacks, as a kill between its checkpoints and them leaves it."""
+        root = Path(self.args.save_root)
+        if self.rank or not self.history or csv_length(root / "history.csv") == len(self.history):
+            return
+        if self.restored and "steps" in self.restored:  # of a run that is done
+            self.steps = step_rows(self.restored["steps"])
+        best = (root / "best.ckpt").exists() and read_checkpoint(root / "best.ckpt")["last_epoch"] == self.history[-1]["epoch"]
+        if best or getattr(self.args, "store_visualization", False):
+            self.eval()
+        self.write_tables(best)
 
     def begin(self):
         """Ready the first step: state of a checkpoint or a fresh start, averages, the other ranks, the clock."""
@@ -848,9 +869,12 @@ class VAE_Model(nn.Module):
             sweep_leftovers(args.save_root)
             aside = None if goes_on_here else set_aside(args.save_root)
             if aside:
-                say(f"--save_root {args.save_root}: the run that was here is in {aside} now; --save_root {aside} --resume goes on with it")
+                say(f"--save_root {args.save_root}: the files that were here are in {aside}"
+                    + (f"; --save_root {aside} --resume continues their run" if is_resumable(aside / "last.ckpt") else ""))
             if args.tensorboard:
-                self.board = tensorboard_writer()(str(Path(args.save_root) / "tensorboard"))
+                self.board = open_tensorboard(Path(args.save_root) / "tensorboard")
+            if goes_on_here and self.step == 0:
+                self.catch_up()
         say(f"{args.device}, {self.precision_reason}; {self.train_frames} training frames"
             + (f" in {len(self.pool.clips) - 1} clips" if self.pool else "") + f", {self.steps_in(self.current_epoch)} steps an epoch"
             + (f" (--train_vi_len {args.train_vi_len}: a step predicts {args.train_vi_len - 1} frames of each rollout)"
@@ -1055,7 +1079,7 @@ class VAE_Model(nn.Module):
         self.step, self.steps_done, self.epoch_coin = state["step"], state["steps_done"], state["epoch_coin"]
         self.totals, self.recent = (state[name].to(self.totals.dtype).to(self.device) for name in ("totals", "recent"))
         self.last_row = state["last_row"]
-        self.steps = [dict(zip(STEPS, (int(row[0]), *row[1:]))) for row in state["steps"].tolist()]
+        self.steps = step_rows(state["steps"])
         self.skipped_in_a_row = state["skipped_in_a_row"].to(self.device)
         self.seconds, self.best_psnr = state["seconds"], state["best_psnr"]
         self.history = [dict(row) for row in state["history"]]
@@ -1125,12 +1149,18 @@ class VAE_Model(nn.Module):
 
     # ------------------------------------------------------------ pictures
 
-    def write_validation(self, plot, gif, table=None):
-        """The last validation rollout: PSNR per frame as a plot and a table, pose | prediction | ground truth as a GIF."""
+    def write_validation(self, plot, gif, table=None, guard=nullcontext):
+        """Write the last validation rollout: PSNR per frame as a plot and a table, pose | prediction | ground truth as a GIF.
+
+        guard: called with each path for a context to write the file in.
+        """
         if table:
-            write_csv(table, ("frame", "psnr"), [{"frame": t, "psnr": p} for t, p in enumerate(self.psnr_per_frame, 1)])
-        plot_psnr(self.psnr_per_frame, plot)
-        self.make_gif([torch.cat(side_by_side, 2) for side_by_side in zip(*self.val_sequence)], gif)
+            with guard(table):
+                write_csv(table, ("frame", "psnr"), [{"frame": t, "psnr": p} for t, p in enumerate(self.psnr_per_frame, 1)])
+        with guard(plot):
+            plot_psnr(self.psnr_per_frame, plot)
+        with guard(gif):
+            self.make_gif([torch.cat(side_by_side, 2) for side_by_side in zip(*self.val_sequence)], gif)
 
     def make_gif(self, images_list, img_name, duration=GIF_TICK):
         """Write frames (3, H, W) in [0, 1] as a GIF, `duration` milliseconds each. Pillow merges equal neighbours."""
@@ -1214,6 +1244,11 @@ class VAE_Model(nn.Module):
         value = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.broadcast(value, 0)
         return value.item()
+
+
+def step_rows(values):
+    """Return the rows of steps.csv from their values in a checkpoint, (rows, columns)."""
+    return [dict(zip(STEPS, (int(row[0]), *row[1:]))) for row in values.tolist()]
 
 
 def means(sums):
@@ -1342,13 +1377,16 @@ def main(argv=None):
     if args.test:
         if rank == 0:
             with cli.catching_signals(cli.stop):
-                psnr, root = model.eval(), Path(args.save_root)
-                if (root / "history.csv").exists():  # a run's own files are of its best epoch
-                    root = make_folder(root / "test")
-                model.write_validation(root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
-            say(f"validation PSNR mean {psnr:.2f} min {min(model.psnr_per_frame):.2f} last {model.psnr_per_frame[-1]:.2f} dB, in {root}")
+                names = "psnr_per_frame.png", "val_pred.gif", "psnr_per_frame.csv"
+                root = output_folder(args.save_root, names, of_a_run=True)  # a run's own files are of its best epoch
+                psnr, frames = model.eval(), model.psnr_per_frame
+                say(f"validation PSNR mean {psnr:.2f} min {min(frames):.2f} last {frames[-1]:.2f} dB, in {root}")
+                model.write_validation(*map(make_folder(root).joinpath, names))
     elif model.current_epoch >= args.num_epoch or model.ended_by_the_clock():
         say(f"{args.ckpt_path}: all {model.current_epoch} epochs are done; a larger --num_epoch trains on")
+        if args.resume and rank == 0:
+            with locked(args.save_root), cli.catching_signals(cli.stop):
+                model.catch_up()
     else:
         model.training_stage()
 

@@ -114,6 +114,14 @@ def is_latest_in(folder, path):
     return moments[0] == moments[1]
 
 
+def is_resumable(path):
+    """Return whether a checkpoint is there that holds a run of this project, not weights alone."""
+    try:
+        return isinstance(read_checkpoint(path).get("resume"), dict)
+    except UserError:
+        return False
+
+
 def _figure(value, kind, low, high):
     """A number, NumPy scalar or tensor of one number as a plain int or float; None where it can't be that one."""
     import torch
