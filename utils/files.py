@@ -159,16 +159,6 @@ def set_aside(folder):
     return aside
 
 
-def is_ours(path):
-    """Return whether this project wrote an image, a GIF or a table of PSNRs."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4096)  # metadata come before the pixels
-    except OSError:
-        return False
-    return MARK.encode() in start or start.startswith(b"frame,psnr\n")
-
-
 def output_folder(root, patterns, of_a_run=False):
     """Return the folder for outputs of these names: `root`, or `test` in it where they'd overwrite.
 
