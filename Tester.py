@@ -23,7 +23,7 @@ from utils.cli import UserError, progress
 from dataloader import frame_transform
 from utils.frame_cache import cache_folder, cached, to_float
 from utils.hardware import check_torch
-from utils.files import check_save_root, make_folder
+from utils.files import check_save_root, make_folder, output_folder
 from utils.submission import check_submission, csv_rows, format_warning, write_submission
 from Trainer import VAE_Model
 from utils.checkpoint import adopt_settings
@@ -160,6 +160,8 @@ def main(argv=None):
     if args.save_root is None:
         args.save_root = str(Path(options.as_list(args.ckpt_path)[0]).parent / "test")
     check_save_root(args.save_root)
+    names = "submission.csv", "pred_seq*.gif", "pose_pred_seq*.gif"
+    args.save_root = str(output_folder(args.save_root, names))
     with cli.catching_signals(cli.stop):
         model = Test_model(args)
         model.load_checkpoint()

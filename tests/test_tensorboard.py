@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import Trainer
-from conftest import TINY
+from conftest import TINY, run_cli
 from utils.cli import UserError
 
 
@@ -29,3 +29,25 @@ def test_without_the_package(tiny_data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--tensorboard"):
         Trainer.main(["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY, "--tensorboard"])
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("error", ["TypeError('Descriptors cannot be created.\\nIf this call')",
+                                   "AttributeError('np.string_')"])
+def test_a_package_that_is_broken(tiny_data, tmp_path, error):
+    """As tensorboard 2.8 is beside protobuf 6, and beside NumPy 2."""
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "__init__.py").write_text(f"raise {error}\n")
+    done = run_cli("Trainer.py", "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY,
+                   "--tensorboard", env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    (line,) = done.stderr.splitlines()
+    assert "--tensorboard" in line and error.split("(")[0] in line
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    from utils.logger import open_tensorboard
+
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="expected a folder"):
+        open_tensorboard(tmp_path / "file" / "tensorboard")

@@ -138,6 +138,14 @@ def is_latest_in(folder, path):
     return moments[0] == moments[1]
 
 
+def is_resumable(path):
+    """Return whether a checkpoint is there that holds a run of this project, not weights alone."""
+    try:
+        return isinstance(read_checkpoint(path).get("resume"), dict)
+    except UserError:
+        return False
+
+
 def _figure(value, kind, low, high):
     """Return a number, NumPy scalar or tensor of one number as int or float; None out of range."""
     import torch

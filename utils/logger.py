@@ -1,5 +1,8 @@
-"""What a run shows of itself: the table of epochs, plots, GIFs, TensorBoard."""
+"""What a run shows of itself: the tables' columns, plots, GIFs, TensorBoard."""
 
+import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -8,57 +11,96 @@ from PIL import Image
 
 from utils import distributed
 from utils.cli import UserError, catching_signals, say, stop
-from utils.files import HISTORY, STEPS, atomic, make_folder, write_csv
+from utils.files import MARK, HISTORY, STEPS, atomic, make_folder, optional, output_folder, write_csv
 from utils.schedules import teacher_forcing_ratio
 
 STEP_ROWS = 2000  # of steps.csv in a run, at most
 
 
 def write_gif(images, path, duration):
-    """Frames (3, H, W), float in [0, 1], as an endless GIF of `duration` milliseconds a frame, atomically."""
-    pictures = [Image.fromarray(np.rint(image.float().clamp(0, 1).mul(255).cpu().numpy()).astype(np.uint8).transpose(1, 2, 0))
-                for image in images]
+    """Write frames (3, H, W), float in [0, 1], as an endless GIF, atomically.
+
+    duration: milliseconds a frame. Pillow merges equal neighbours into one that lasts longer.
+    """
+    import imageio.v3
+
+    frames = [np.rint(image.float().clamp(0, 1).mul(255).cpu().numpy()).astype(np.uint8)
+              .transpose(1, 2, 0) for image in images]
     with atomic(path) as aside:
-        pictures[0].save(aside, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+        imageio.v3.imwrite(aside, frames, plugin="pillow", extension=".gif", duration=duration,
+                           loop=0, comment=MARK.encode())
+
+
+def figure_on_agg(**options):
+    """Return a matplotlib Figure that draws with Agg, whatever backend the user has chosen.
+
+    pyplot stays out of it: a notebook's backend and open figures are left as they are.
+    """
+    if "matplotlib" not in sys.modules:  # its import raises where MPLBACKEND names no backend
+        backend = os.environ.pop("MPLBACKEND", None)
+        try:
+            import matplotlib
+        finally:
+            if backend is not None:
+                os.environ["MPLBACKEND"] = backend
+        if backend:
+            with suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(**options)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def plot_psnr(psnrs, path):
-    """PSNR per frame as a PNG."""
-    import matplotlib  # slow to import, and not needed before the first picture
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    """Draw the PSNR per frame as a PNG."""
+    figure = figure_on_agg(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(range(1, len(psnrs) + 1), psnrs, color="#0072B2", linewidth=1)
-    axes.axhline(np.mean(psnrs), color="#D55E00", linestyle="--", linewidth=1, label=f"mean {np.mean(psnrs):.2f} dB")
+    mean = np.mean(psnrs)
+    axes.axhline(mean, color="#D55E00", linestyle="--", linewidth=1, label=f"mean {mean:.2f} dB")
     axes.set(xlabel="frame", ylabel="PSNR (dB)", title="validation rollout")
     axes.legend()
     axes.grid(alpha=0.3)
     with atomic(path) as aside:
-        figure.savefig(aside, dpi=120, format="png")
-    plt.close(figure)
+        figure.savefig(aside, dpi=120, format="png", metadata={"Software": MARK})
 
 
 def tensorboard_writer():
-    """TensorBoard's SummaryWriter, a class. UserError where the package is not installed."""
+    """Return TensorBoard's SummaryWriter, a class. UserError where it can't be imported."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: the package is not installed; expected it after pip install tensorboard") from None
+    except Exception as error:  # also TypeError with another protobuf, AttributeError, ...
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"--tensorboard: the package can't be imported ({problem}); "
+                        f"expected it after pip install -U tensorboard") from None
     return SummaryWriter
 
 
+def open_tensorboard(folder):
+    """Return a SummaryWriter into a folder. UserError where nothing can be written there."""
+    try:
+        return tensorboard_writer()(str(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}; "
+                        f"expected a folder that can be written") from None
+
+
 def log_to_tensorboard(board, row, gif=None):
-    """One epoch's row of the history as scalars, and the validation GIF."""
+    """Log one epoch's row of the history as scalars, and the validation GIF."""
     for name, value in row.items():
-        board.add_scalar(name.replace("train_", "train/").replace("val_", "val/"), value, row["epoch"])
+        board.add_scalar(name.replace("train_", "train/").replace("val_", "val/"), value,
+                         row["epoch"])
     if gif:  # TensorBoard shows a GIF as it is; add_video would need another package
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         with Image.open(gif) as frame:
-            picture = Summary.Image(width=frame.width, height=frame.height, colorspace=3, encoded_image_string=Path(gif).read_bytes())
-        board.file_writer.add_summary(Summary(value=[Summary.Value(tag="validation", image=picture)]), row["epoch"])
+            image = Summary.Image(width=frame.width, height=frame.height, colorspace=3,
+                                  encoded_image_string=Path(gif).read_bytes())
+        board.file_writer.add_summary(Summary(value=[Summary.Value(tag="validation", image=image)]),
+                                      row["epoch"])
     board.flush()
 
 

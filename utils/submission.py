@@ -1,8 +1,8 @@
-"""The Kaggle submission: a CSV of pixel values, written and checked. It needs no PyTorch."""
+"""The Kaggle submission: a CSV of pixel values, written and checked. Needs NumPy alone."""
 
 import numpy as np
 
-from utils.cli import UserError, progress
+from utils.cli import UserError
 from utils.files import atomic
 
 COMPETITION = 5, 630, (3, 32, 64)  # sequences, frames of each, shape of a frame
@@ -67,7 +67,7 @@ class _Reader:
         rows = sequences * frames
         self.check_header(self.next_line()[1])
         pixels = np.empty((rows, self.values), dtype=np.uint8)
-        for row in progress(range(rows), desc="checking", unit="row", leave=False, delay=1):
+        for row in range(rows):
             raw, content = self.next_line()
             if not raw:
                 self.fail(row + 2, f"the file ends after {row} rows, expected {rows} "
