@@ -629,7 +629,7 @@ class VAE_Model(nn.Module):
         order = range(self.rank, len(dataset) - len(dataset) % self.world, self.world)[skip * args.batch_size:]
         if dataset.frames is not None:
             return WindowLoader(dataset, args.batch_size, order)
-        return ImageLoader(dataset, args.batch_size, sampler=order, drop_last=True, num_workers=min(args.num_workers, os.cpu_count() or 1))
+        return ImageLoader(dataset, args.batch_size, args.num_workers, sampler=order, drop_last=True)
 
     def check_batch_size(self, windows):
         """UserError where a batch holds more than there is to draw from: the pool's lanes, or this many windows."""
@@ -645,7 +645,7 @@ class VAE_Model(nn.Module):
         dataset = self.dataset("val", self.args.val_vi_len)
         if dataset.frames is not None:
             return WindowLoader(dataset, 1)
-        return ImageLoader(dataset, 1, num_workers=min(1, self.args.num_workers))
+        return ImageLoader(dataset, 1, min(1, self.args.num_workers))
 
     def steps_in(self, epoch):
         """Training steps of an epoch on this rank."""
