@@ -4,7 +4,9 @@ The base module: it imports nothing of the project and no package that is slow t
 """
 
 import argparse
+import atexit
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,6 +16,10 @@ from contextlib import contextmanager, suppress
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit status by signal, as a shell reports it
 if hasattr(signal, "SIGHUP"):  # a terminal that was closed, a connection that was lost; Windows has none
     INTERRUPTED[signal.SIGHUP] = 129
+
+# PyTorch's errors where a loader process was killed, or has no room for a batch
+LOADER_LOST = re.compile(r"DataLoader worker .*(is killed by signal|exited unexpectedly)"
+                         r"|shared memory|torch_shm|</torch_\d|ancdata")
 
 
 class UserError(ValueError):
@@ -48,10 +54,23 @@ def run(main, leave=sys.exit):
         status = INTERRUPTED[signal.SIGINT]
     except SystemExit as end:
         status = end.code
-    except Exception:
-        traceback.print_exc()
-        status = 1
+    except Exception as error:
+        lost = isinstance(error, RuntimeError) and LOADER_LOST.search(str(error))
+        if lost:  # at any moment: PyTorch raises it in a signal handler
+            print(f"error: --num_workers: a loader process was lost ({loader_problem(error)}); "
+                  f"expected more shared memory (docker run --shm-size 1g), fewer processes, or "
+                  f"--num_workers 0, which needs neither", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        status = 2 if lost else 1
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # no traceback from here on
     leave(status or 0)
+
+
+def loader_problem(error):
+    """Return the line of a loader process's error, which may be a traceback, that says what."""
+    lines = [line for line in str(error).splitlines() if LOADER_LOST.search(line)]
+    return (lines or [""])[-1].removeprefix("RuntimeError: ").strip().rstrip(".")
 
 
 @contextmanager
