@@ -64,7 +64,8 @@ def plain_loop(model, img, label, taught):
             log_mse = log_mse + 1e-3 * torch.log((F.mse_loss(one, true) + 1e-5) / 1e-5) / B
         divergence = divergence - 0.5 * (1 + logvar - mu ** 2 - logvar.exp()).sum() / B
     reconstruction = log_mse if model.args.objective == "log_mse" else mse
-    return (reconstruction + 0.01 * divergence) / (T - 1), mse / (T - 1), divergence / (T - 1), generated
+    sums = {"loss": reconstruction + 0.01 * divergence, "reconstruction": reconstruction, "mse": mse, "kl": divergence}
+    return {name: value / (T - 1) for name, value in sums.items()}, generated
 
 
 def gradients(model, loss):
@@ -81,25 +82,27 @@ def apart(found, expected):
 @pytest.mark.parametrize("taught", TAUGHT)
 def test_loss_and_gradients_are_those_of_a_plain_loop(taught, flags, window):
     model = moved(build(*flags))
-    found = model(*window, TAUGHT[taught])
-    whole, each = gradients(model, found[0])
-    expected = plain_loop(model, *window, TAUGHT[taught])
-    expected_whole, expected_each = gradients(model, expected[0])
-    for a, b in zip(found, expected):  # loss, mse, kl, the last frame
-        assert apart(a, b) < 1e-5
+    found, last = model(*window, TAUGHT[taught])
+    whole, each = gradients(model, found["loss"])
+    expected, expected_last = plain_loop(model, *window, TAUGHT[taught])
+    expected_whole, expected_each = gradients(model, expected["loss"])
+    assert list(found) == list(expected) and apart(last, expected_last) < 1e-5
+    for name in expected:
+        assert apart(found[name], expected[name]) < 1e-5, name
     assert apart(whole, expected_whole) < 1e-5
     assert all(apart(a, b) < 1e-4 for a, b in zip(each, expected_each) if b.norm() > 1e-4 * expected_whole.norm())
 
 
 def test_the_ways_to_teach_differ(window):
     model = moved(build())
-    losses = [model(*window, taught)[0].item() for taught in TAUGHT.values()]
+    loss = lambda taught: model(*window, taught)[0]["loss"].item()
+    losses = [loss(taught) for taught in TAUGHT.values()]
     assert len(set(losses)) == len(losses)
     every = torch.ones(T, dtype=torch.bool)
-    assert model(*window, every)[0].item() == losses[0] and model(*window, ~every)[0].item() == losses[1]
+    assert loss(every) == losses[0] and loss(~every) == losses[1]
     first_two = every.clone()
     first_two[:2] = False  # the past frame has no history, and the second one's is always given
-    assert model(*window, first_two)[0].item() == losses[0]
+    assert loss(first_two) == losses[0]
 
 
 @pytest.mark.parametrize("taught", TAUGHT)
@@ -108,7 +111,7 @@ def test_checkpoint_steps_gives_the_same_gradients_while_training(taught, window
     results = []
     for flags in ([], ["--checkpoint_steps"]):
         model = build(*flags)
-        loss = model(*window, TAUGHT[taught])[0]
+        loss = model(*window, TAUGHT[taught])[0]["loss"]
         results.append((float(loss), gradients(model, loss)[0], model.state_dict()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6) and apart(results[1][1], results[0][1]) < 1e-5
     for name, value in results[0][2].items():
@@ -121,7 +124,7 @@ def test_one_step_clips_and_updates(window):
     optimizer = torch.optim.Adam(reference.parameters(), lr=0.001)
     for taught in (True, False, True):
         loss = model.training_one_step(*window, taught)
-        expected = plain_loop(reference, *window, taught)[0]
+        expected = plain_loop(reference, *window, taught)[0]["loss"]
         assert loss.shape == () and float(loss) == pytest.approx(float(expected), rel=1e-4)
         optimizer.zero_grad()
         expected.backward()
