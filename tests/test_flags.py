@@ -30,7 +30,7 @@ TEMPLATE = dict(
     batch_size=2, lr=0.001, optim="Adam", gpu=1, test=False, num_workers=4, num_epoch=70, per_save=3, partial=1.0, train_vi_len=16,
     val_vi_len=630, frame_H=32, frame_W=64, F_dim=128, L_dim=32, N_dim=12, D_out_dim=192, tfr=1.0, tfr_sde=10, tfr_d_step=0.1,
     ckpt_path=None, fast_train=False, fast_partial=0.4, fast_train_epoch=5, kl_anneal_type="Cyclical", kl_anneal_cycle=10,
-    kl_anneal_ratio=1)
+    kl_anneal_ratio=1, tfr_min=0.0)
 ONLY = {"store_visualization": "Trainer", "no_sanity": "Tester", "make_gif": "Tester"}
 
 
@@ -61,7 +61,7 @@ REFUSED = {
     "seed": [*WHOLE, str(2**31)],
     "rollouts": [*WHOLE, "0", "65"],
     **dict.fromkeys(("partial", "fast_partial", "kl_anneal_ratio"), [*SHARE, "0"]),
-    **dict.fromkeys(("tfr", "tfr_d_step", "next_share"), SHARE),
+    **dict.fromkeys(("tfr", "tfr_d_step", "tfr_min", "next_share"), SHARE),
     "ema": [*SHARE, "1"],
     "lr": [*NUMBERS, "0", "-0.001", "10.1"],
     "kl_weight": [*NUMBERS, "-1"],
