@@ -45,7 +45,7 @@ from utils.checkpoint import NETWORKS, file_version, is_latest_in, load_weights,
 from utils.files import check_save_root, locked, make_folder, set_aside, sweep_leftovers, write_csv
 from utils.schedules import (WARM_UP, beta_at, continuous, data_share, frange_cycle_linear, kl_cycles, learning_rate_factor,
                              teacher_forcing_ratio)
-from utils.logger import HISTORY, STEPS, log_to_tensorboard, plot_psnr, tensorboard_writer, write_gif
+from utils.logger import HISTORY, STEPS, enlarge_gif, log_to_tensorboard, plot_psnr, tensorboard_writer, write_gif
 
 CLIP_NORM = 1.0           # gradient norm, the template's
 ROLLOUT_BLOCK = 32        # frames between two looks at the rollout: progress bar, signals, non-finite values
@@ -697,6 +697,8 @@ class VAE_Model(nn.Module):
                     if self.clock:
                         self.clock.reserve(self.from_rank_0(time.monotonic() - began))
                     self.end_epoch(psnr)
+                if self.rank == 0:
+                    enlarge_gif(Path(self.args.save_root) / "val_pred.gif")
             except Stopped:
                 self.write(["last.ckpt"])
                 say(f"stopped in epoch {self.current_epoch}, saved; go on with: {resume_command()}")

@@ -23,7 +23,7 @@ from utils.cli import Parser, UserError, run  # noqa: E402
 TOP_FILES = {"README.md", "LICENSE", ".gitignore", "requirements.txt", "requirements-dev.txt"}  # and every *.py
 SUFFIXES = {  # folder: the suffixes that are source there
     "modules": {".py"},
-    "scripts": {".py", ".sh", ".md", ".txt", ".json"},
+    "scripts": {".py", ".sh", ".md", ".txt", ".json", ".html"},
     "tests": {".py", ".sh", ".md", ".txt", ".json"},
     "docs": {".py", ".sh", ".md", ".txt", ".json", ".csv"},
     ".ci": {".py", ".sh", ".md", ".txt", ".json", ""},
@@ -50,7 +50,7 @@ def name_part(text, what):
     """The student's id or name as it goes into the file name."""
     text = unicodedata.normalize("NFC", text).strip()
     if not text:
-        raise UserError(f"{what}: is empty")
+        raise UserError(f"{what}: is empty; expected it as it goes into the file name")
     for char in text:
         if char in FORBIDDEN or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"):
             raise UserError(f"{what} {text!a}: {char!a} cannot be in a file name")

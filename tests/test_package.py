@@ -152,7 +152,7 @@ def test_packs_this_project(tmp_path):
     with zipfile.ZipFile(tmp_path / "LAB4_1_x.zip") as archive:
         names = {name.split("/", 1)[1] for name in archive.namelist()}
     assert {"Trainer.py", "Tester.py", "utils/cli.py", "modules/modules.py", "scripts/demo.sh", "scripts/setup.sh", ".ci/run"} <= names
-    assert {Path(name).suffix for name in names} <= {".py", ".sh", ".md", ".txt", ".json", ".csv", ""}
+    assert {Path(name).suffix for name in names} <= {".py", ".sh", ".md", ".txt", ".json", ".csv", ".html", ""}
     assert (tmp_path / "LAB4_1_x.zip").stat().st_size < 2**20
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True) if (ROOT / ".git").exists() else None
     if tracked is not None and tracked.returncode == 0:  # pictures aside, nothing of the project is forgotten

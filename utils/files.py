@@ -10,7 +10,8 @@ from pathlib import Path
 from utils.cli import UserError
 
 # what a run writes into its folder, as patterns
-OF_A_RUN = ("last.ckpt", "best.ckpt", "epoch=*", "history.csv", "steps.csv", "psnr_per_frame.*", "val_pred.gif", "tensorboard")
+OF_A_RUN = ("last.ckpt", "best.ckpt", "epoch=*", "history.csv", "steps.csv", "psnr_per_frame.*",
+            "val_pred.gif", "val_pred_large.gif", "tensorboard")
 
 
 def make_folder(path, flag="--save_root"):

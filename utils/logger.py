@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from utils.cli import UserError
 from utils.files import atomic
@@ -20,6 +20,22 @@ def write_gif(images, path, duration):
                 for image in images]
     with atomic(path) as aside:
         pictures[0].save(aside, format="GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+
+
+def enlarge_gif(path, scale=4):
+    """Write {name}_large.gif beside a GIF: the same frames `scale` times as large, with sharp pixels."""
+    path = Path(path)
+    large = path.with_name(f"{path.stem}_large.gif")
+    if not path.exists() or large.exists() and large.stat().st_mtime >= path.stat().st_mtime:
+        return
+    with Image.open(path) as gif:
+        images, durations = [], []
+        for image in ImageSequence.Iterator(gif):
+            durations.append(image.info["duration"])
+            palette = image.convert("RGB").quantize(256)  # a frame of a GIF has no more colours
+            images.append(palette.resize((scale * gif.width, scale * gif.height), Image.NEAREST))
+    with atomic(large) as aside:
+        images[0].save(aside, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
 
 
 def plot_psnr(psnrs, path):
