@@ -15,7 +15,6 @@ about this method (flags, files, hardware, ranks, logs) is in utils/.
 import argparse
 import math
 import shlex
-import sys
 import time
 import warnings
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from utils.files import check_save_root, make_folder
 from utils.hardware import (
     Float32Conv2d, channels_last, check_torch, enough_memory, in_pieces, join, pick_device,
     pick_precision)
+from utils.metrics import psnr, warn_of_logits
 from utils.muon import Muon
 from utils.schedules import (
     WARM_UP, beta_at, continuous, data_share, kl_annealing, learning_rate_factor,
@@ -60,8 +60,8 @@ warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
 # ---------------------------------------------------------------- losses and metric
 
 def Generate_PSNR(imgs1, imgs2, data_range=1.):
-    """Return the peak signal-to-noise ratio in dB, one number over the whole tensor."""
-    return 20 * math.log10(data_range) - 10 * torch.log10(F.mse_loss(imgs1, imgs2))
+    """Return the peak signal-to-noise ratio in dB over the whole tensor, at most 100."""
+    return psnr(F.mse_loss(imgs1, imgs2) / data_range ** 2)
 
 
 def kl_criterion(mu, logvar, batch_size):
@@ -107,8 +107,11 @@ class VAE_Model(nn.Module):
     UserError for a device that is missing and for values out of range.
     """
 
+    initialized = False  # whether __init__ ran
+
     def __init__(self, args):
         super().__init__()
+        self.initialized = True
         self.args = args
         args.device = str(pick_device(args.device))
         torch.manual_seed(args.seed)
@@ -205,10 +208,21 @@ class VAE_Model(nn.Module):
         """The device of the networks."""
         return next(self.frame_transformation.parameters()).device
 
-    @property
-    def compiles(self):
-        """Whether training has its networks compiled: on CUDA. On a CPU it does not pay."""
-        return self.device.type == "cuda" and not self.args.no_compile
+    def load_state_dict(self, *args, **kwargs):
+        """Load weights as every module does, and see `evaluate_until_trained`."""
+        incompatible = super().load_state_dict(*args, **kwargs)
+        self.evaluate_until_trained()
+        return incompatible
+
+    def evaluate_until_trained(self):
+        """Leave training mode until the next training step, where our __init__ never ran.
+
+        Such a subclass, as the template's Tester, never leaves training mode itself, in which
+        BatchNorm normalizes each pose alone.
+        """
+        if not self.initialized:
+            nn.Module.train(self, False)
+            self.session.evaluates = True
 
     # ------------------------------------------------------------ a training step: figure 2 (a)
 
@@ -281,6 +295,9 @@ class VAE_Model(nn.Module):
 
         Arguments as of `forward`. A loss or gradient that is not finite changes nothing.
         """
+        if self.session.evaluates:
+            nn.Module.train(self, True)
+            self.session.evaluates = False
         self.optim.zero_grad(set_to_none=True)
         statistics = [buffer.clone() for buffer in self.buffers()]  # BatchNorm's
         img, label = (x.to(self.device, non_blocking=True) for x in (img, label))
@@ -357,7 +374,7 @@ class VAE_Model(nn.Module):
         with memory, evaluating(*models), self.autocast(), no_grad:
             for start in range(1, length, ROLLOUT_BLOCK):
                 poses = label[:, start:start + ROLLOUT_BLOCK]
-                frames, finite = self.rollout_block(models, previous, poses, noise)
+                frames, finite = self.rollout_block(models, previous, poses, noise, start == 1)
                 if not finite.all():
                     t, lane = (~finite).nonzero()[0].tolist()
                     raise UserError(
@@ -370,10 +387,11 @@ class VAE_Model(nn.Module):
                     on_block(start + frames.shape[1] - 1, blocks[-1])
         return torch.cat(blocks, 1)
 
-    def rollout_block(self, models, previous, label, noise):
+    def rollout_block(self, models, previous, label, noise, begins):
         """Generate the frames after `previous` (N, 3, H, W), along poses (S, t, 3, H, W).
 
-        noise: a generator for each of the N rollouts. Returns frames (t, N, 3, H, W) in [0, 1], and
+        noise: a generator for each of the N rollouts. begins: whether `previous` is a given frame,
+        not a generated one. Returns frames (t, N, 3, H, W) in [0, 1], and
         whether each was finite, bool (t, N) on the CPU.
         """
         label = label.transpose(0, 1).to(self.device)
@@ -395,7 +413,10 @@ class VAE_Model(nn.Module):
                 model.next_frame(channels_last(previous), channels_last(pose[t]),
                                  channels_last(z[t, :, :model.args.N_dim])).float()
                 for model, pose in zip(models, poses)]
+            given = previous
             previous = predicted[0] if len(models) == 1 else torch.stack(predicted).mean(0)
+            if begins and t == 0:
+                warn_of_logits(self, previous, given)
             finite.append(previous.isfinite().flatten(1).all(1))
             previous = previous.clamp(0, 1)
             frames.append(previous)
@@ -411,13 +432,13 @@ class VAE_Model(nn.Module):
         def look(done, frames):
             truth = img[:, 1 + done - frames.shape[1]:1 + done].cpu()
             squared.append((frames - truth).square().mean((2, 3, 4)))
-            so_far = -10 * torch.log10(torch.cat(squared, 1)).mean()
+            so_far = psnr(torch.cat(squared, 1)).mean()
             self.tqdm_bar("val", self.session.bar, so_far, advance=frames.shape[1])
             self.session.stop.check(alone=True)
 
         self.predicted = self.rollout(img[:, 0], label, look)  # (B, T - 1, 3, H, W), for figures
         squared = torch.cat(squared, 1)
-        return squared.mean(), (-10 * torch.log10(squared)).mean(0).tolist()
+        return squared.mean(), psnr(squared).mean(0).tolist()
 
     def eval(self):
         """Run one validation rollout of the validation sequence. Returns the mean PSNR in dB.
@@ -433,9 +454,9 @@ class VAE_Model(nn.Module):
                        desc=f"val   {self.current_epoch}")
         with self.validated_weights(), bar as self.session.bar:
             for img, label in loader:
-                loss, psnr = self.val_one_step(img, label)
+                loss, psnr_per_frame = self.val_one_step(img, label)
                 losses.append(loss)
-                psnrs.append(psnr)
+                psnrs.append(psnr_per_frame)
         self.session.bar = None
         self.val_loss = float(torch.stack(losses).mean())
         self.psnr_per_frame = np.mean(psnrs, axis=0).tolist()
@@ -611,6 +632,7 @@ class VAE_Model(nn.Module):
                 self.train_epoch()
                 psnr_mean = session.validate(self)
                 self.end_epoch(psnr_mean)
+            logger.enlarge(self)
         say(f"done: {self.current_epoch} epochs, best validation PSNR {self.state.best_psnr:.2f} dB, "
             f"in {self.args.save_root}")
 
@@ -698,7 +720,7 @@ class VAE_Model(nn.Module):
             "state_dict": weights,  # those that are validated
             **({"train_state_dict": raw} if averaged else {}),
             "optimizer": saved.pop("optimizer"),
-            "lr": self.optim.param_groups[0]["lr"],
+            "lr": self.scheduler.base_lrs[0],  # the peak: a cosine's end, 0, is of no use to others
             "tfr": self.tfr,
             "last_epoch": self.current_epoch - 1,
             "args": {name: str(value) if isinstance(value, Path) else value
@@ -732,6 +754,7 @@ class VAE_Model(nn.Module):
         own.version, own.poses = file_version(path), None
         loaded = read_checkpoint(path)
         load_weights(self, loaded["state_dict"], path)
+        self.evaluate_until_trained()
         own.ensemble = [load_member(args, other) for other in others]
         for name in ("state", "optim", "scheduler", "scaler"):  # of a stage before this
             self.__dict__.pop(name, None)
@@ -741,13 +764,14 @@ class VAE_Model(nn.Module):
         self.tfr = args.tfr if loaded["tfr"] is None else loaded["tfr"]
         self.current_epoch = 0 if loaded["last_epoch"] is None else loaded["last_epoch"] + 1
         self.kl_annealing.current_epoch = self.current_epoch
-        # a third-party lr is that of its last epoch; ours is restored when training resumes
-        factor = learning_rate_factor(args, self.current_epoch, 0)
+        saved = loaded.get("resume")  # anything in a third-party checkpoint
+        ours = isinstance(saved, dict) and {"state", "ranks", "num_epoch"} <= saved.keys()
+        # lr is the schedule's peak in ours, in a third-party checkpoint the last epoch's
+        factor = 1 if ours else learning_rate_factor(args, self.current_epoch, 0)
         self.scheduler.base_lrs = [own.lr if args.schedule == "cosine" else args.lr / factor]
         self.set_learning_rate()
         load_optimizer(self, loaded["optimizer"])
-        saved = loaded.get("resume")
-        if isinstance(saved, dict) and {"state", "ranks", "num_epoch"} <= saved.keys():
+        if ours:
             weights = loaded.get("train_state_dict", loaded["state_dict"])
             own.saved = {"weights": weights, "optimizer": loaded["optimizer"], **saved}
 
@@ -798,7 +822,7 @@ def main(argv=None):
     began = time.monotonic()
     check_torch()
     args = build_parser().parse_args(argv)
-    command = list(sys.argv) if argv is None else ["Trainer.py", *map(str, argv)]
+    command = cli.command_line(__file__, argv)
     options.require(args, "save_root")
     check_save_root(args.save_root)
     last = Path(args.save_root) / "last.ckpt"
@@ -822,7 +846,9 @@ def main(argv=None):
         if distributed.rank() == 0:
             logger.write_test(model)
     elif model.current_epoch >= session.epochs_to_train(model):
-        say(f"{args.ckpt_path}: all {model.current_epoch} epochs are done; a larger --num_epoch trains on")
+        say(f"{args.ckpt_path}: all {model.current_epoch} epochs are done; "
+            f"a larger --num_epoch trains on")
+        session.catch_up_alone(model)
     else:
         model.training_stage()
 

@@ -23,7 +23,7 @@ from utils.cli import Parser, UserError, run  # noqa: E402
 from utils.files import atomic  # noqa: E402
 
 TOP_FILES = {"README.md", "LICENSE", "requirements.txt"}  # and every *.py
-SUFFIXES = {"modules": {".py"}, "utils": {".py"}, "scripts": {".py", ".sh"}}
+SUFFIXES = {"modules": {".py"}, "utils": {".py"}, "scripts": {".py", ".sh", ".html"}}
 NOT_PACKED = {"docs", "test", "tests"}  # also where they are packages
 NOT_NEEDED = {"scripts/test.sh"}  # runs the tests
 NEEDED = ["Trainer.py", "Tester.py", "dataloader.py", "requirements.txt"]
@@ -48,7 +48,7 @@ def name_part(text, what):
     """Return the student's id or name as it goes into the file name: underscores for spaces."""
     text = unicodedata.normalize("NFC", text).strip()
     if not text:
-        raise UserError(f"{what}: is empty")
+        raise UserError(f"{what}: is empty; expected it as it goes into the file name")
     for char in text:
         if char in FORBIDDEN or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"):
             raise UserError(f"{what} {text!a}: {char!a} cannot be in a file name")

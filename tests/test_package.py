@@ -191,7 +191,7 @@ def test_packs_this_project(tmp_path):
             "modules/modules.py", "scripts/demo.sh", "scripts/setup.sh"} <= names
     assert {path.relative_to(ROOT).as_posix() for path in ROOT.glob("utils/*.py")} <= names
     assert {name.split("/")[0] for name in names if "/" in name} == {"modules", "scripts", "utils"}
-    assert {Path(name).suffix for name in names} <= {".py", ".sh", ".md", ".txt", ""}
+    assert {Path(name).suffix for name in names} <= {".py", ".sh", ".md", ".txt", ".html", ""}
     assert (tmp_path / "LAB4_1_x.zip").stat().st_size < 2**20
 
 

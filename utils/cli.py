@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit status by signal, as a shell reports it
 if hasattr(signal, "SIGHUP"):  # a terminal that was closed, a connection that was lost; Windows has none
@@ -86,6 +87,15 @@ def catching_signals(note):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def command_line(script, argv):
+    """Return the words of a command. script: its file. argv: what its `main` got; None is the process's own."""
+    if argv is None:
+        return list(sys.argv)
+    here, script = Path.cwd(), Path(script).resolve()
+    script = script.relative_to(here) if script.is_relative_to(here) else script
+    return [str(script), *map(str, argv)]
 
 
 def stop(number):

@@ -19,7 +19,7 @@ STEPS = "step", "epoch", "lr", "tfr", "tf_share", "beta", "loss", "reconstructio
 
 # what a run writes into its folder, as patterns
 OF_A_RUN = ("last.ckpt", "best.ckpt", "epoch=*", "history.csv", "steps.csv", "psnr_per_frame.*",
-            "val_pred.gif", "tensorboard")
+            "val_pred.gif", "val_pred_large.gif", "tensorboard")
 # in the metadata of images and GIFs, so that a file of this project is known as one
 MARK = "pose-conditioned VAE"
 # tables have no room for a mark: the file that is written with each

@@ -2,12 +2,12 @@
 
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from utils import distributed
 from utils.cli import UserError, catching_signals, say, stop
@@ -52,6 +52,22 @@ def figure_on_agg(**options):
     figure = Figure(**options)
     FigureCanvasAgg(figure)
     return figure
+
+
+def enlarge_gif(path, scale=4):
+    """Write {name}_large.gif beside a GIF: the same frames `scale` times as large, with sharp pixels."""
+    path = Path(path)
+    large = path.with_name(f"{path.stem}_large.gif")
+    if not path.exists() or large.exists() and large.stat().st_mtime >= path.stat().st_mtime:
+        return
+    with Image.open(path) as gif:
+        images, durations = [], []
+        for image in ImageSequence.Iterator(gif):
+            durations.append(image.info["duration"])
+            palette = image.convert("RGB").quantize(256)  # a frame of a GIF has no more colours
+            images.append(palette.resize((scale * gif.width, scale * gif.height), Image.NEAREST))
+    with atomic(large) as aside:
+        images[0].save(aside, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
 
 
 def plot_psnr(psnrs, path):
@@ -104,27 +120,41 @@ def log_to_tensorboard(board, row, gif=None):
     board.flush()
 
 
-def write_validation(model, plot, gif, table=None):
-    """Write the last validation rollout: PSNR per frame as a plot and a table, pose | prediction | truth as a GIF."""
+def write_validation(model, plot, gif, table=None, guard=nullcontext):
+    """Write the last validation rollout: a plot and a table of PSNR per frame, and a GIF.
+
+    The GIF shows pose, prediction and truth side by side. guard: called with each path for a
+    context to write the file in.
+    """
     if table:
         rows = [{"frame": t, "psnr": psnr} for t, psnr in enumerate(model.psnr_per_frame, 1)]
-        write_csv(table, ("frame", "psnr"), rows)
-    plot_psnr(model.psnr_per_frame, plot)
-    # three times (3, H, W) -> (3, H, 3 * W)
-    frames = [torch.cat(side_by_side, 2) for side_by_side in zip(*model.val_sequence)]
-    model.make_gif(frames, gif)
+        with guard(table):
+            write_csv(table, ("frame", "psnr"), rows)
+    with guard(plot):
+        plot_psnr(model.psnr_per_frame, plot)
+    with guard(gif):  # three times (3, H, W) -> (3, H, 3 * W)
+        model.make_gif([torch.cat(row, 2) for row in zip(*model.val_sequence)], gif)
 
 
 def write_test(model):
-    """Validate a checkpoint, and write what its rollout is like; a run's own files stay those of its best epoch."""
-    root = Path(model.args.save_root)
+    """Validate a checkpoint, and write what its rollout is like; other files stay as they are."""
+    names = "psnr_per_frame.png", "val_pred.gif", "psnr_per_frame.csv"
     with catching_signals(stop):
+        # a run's own files are of its best epoch
+        root = output_folder(model.args.save_root, names, of_a_run=True)
         psnr_mean = model.eval()
-        if (root / "history.csv").exists():
-            root = make_folder(root / "test")
-        write_validation(model, root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
-    psnrs = model.psnr_per_frame
-    say(f"validation PSNR mean {psnr_mean:.2f} min {min(psnrs):.2f} last {psnrs[-1]:.2f} dB, in {root}")
+        psnrs = model.psnr_per_frame
+        say(f"validation PSNR mean {psnr_mean:.2f} min {min(psnrs):.2f} last {psnrs[-1]:.2f} dB, "
+            f"in {root}")
+        write_validation(model, *map(make_folder(root).joinpath, names))
+
+
+def enlarge(model):
+    """Write val_pred_large.gif, for people."""
+    if distributed.rank() == 0:
+        path = Path(model.args.save_root) / "val_pred.gif"
+        with optional(path):
+            enlarge_gif(path)
 
 
 # ---------------------------------------------------------------- a run's tables
@@ -174,24 +204,29 @@ def epoch_row(model, psnr_mean):
 
 
 def write_tables(model):
-    """Write history.csv and steps.csv, whole."""
+    """Write steps.csv and history.csv, whole; one that can't be written is a line."""
     root = Path(model.args.save_root)
     if distributed.rank() == 0:
-        write_csv(root / "history.csv", HISTORY, model.state.history)
-        write_csv(root / "steps.csv", STEPS, model.state.steps)
+        with optional(root / "steps.csv"):
+            write_csv(root / "steps.csv", STEPS, model.state.steps)
+        with optional(root / "history.csv"):  # last: where it is whole, `catch_up` has nothing to do
+            write_csv(root / "history.csv", HISTORY, model.state.history)
 
 
 def write_epoch(model, best):
-    """Write the tables, and the figures of the best epoch, of every epoch if wanted; print a line."""
+    """Write what the newest epoch adds to tables and figures, and print its line."""
     root, row, board = Path(model.args.save_root), model.state.history[-1], model.session.board
     epoch = row["epoch"]
-    write_tables(model)
+    names = "psnr_per_frame.png", "val_pred.gif", "psnr_per_frame.csv"
     if best:
-        write_validation(model, root / "psnr_per_frame.png", root / "val_pred.gif", root / "psnr_per_frame.csv")
+        write_validation(model, *map(root.joinpath, names), optional)
     if getattr(model.args, "store_visualization", False):
-        write_validation(model, root / f"epoch={epoch}_psnr.png", root / f"epoch={epoch}_pred.gif")
+        names = f"epoch={epoch}_psnr.png", f"epoch={epoch}_pred.gif"
+        write_validation(model, *map(root.joinpath, names), guard=optional)
     if board:
-        log_to_tensorboard(board, row, root / "val_pred.gif" if best else None)
+        with optional(root / "tensorboard"):
+            log_to_tensorboard(board, row, root / "val_pred.gif" if best else None)
+    write_tables(model)
     say(f"epoch {epoch}: lr {row['lr']:.2e}, tfr {row['tfr']:.3f}, beta {row['beta']:.2f}, "
         f"loss {row['train_loss']:.5f} (mse {row['train_mse']:.5f}, kl {row['train_kl']:.1f}), "
         f"validation PSNR mean {row['val_psnr_mean']:.2f} min {row['val_psnr_min']:.2f} "

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from utils.cli import say
+
 LEAST_MSE = 1e-10  # 100 dB: an exact frame would be infinite, and so would every mean that it is in
 
 
@@ -33,3 +35,12 @@ def are_logits(frames, given):
     after_sigmoid, after_clamp = ((x - given).square().mean()
                                   for x in (frames.sigmoid(), frames.clamp(0, 1)))
     return bool(far > 0.01) and bool(psnr(after_sigmoid) > psnr(after_clamp) + 6)
+
+
+def warn_of_logits(model, frames, given):
+    """Name --output sigmoid, once, where the first generated frames (N, 3, H, W) want one."""
+    session = model.session
+    if model.args.output == "none" and not session.logits_said and are_logits(frames, given):
+        session.logits_said = True
+        say("the first generated frames are far outside [0, 1], as those of a network that was "
+            "trained with a sigmoid; expected --output sigmoid for it")

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import cli, distributed, logger, time_budget
-from utils.checkpoint import file_version, is_latest_in
+from utils.checkpoint import file_version, is_latest_in, is_resumable, read_checkpoint
 from utils.cli import Stopped, UserError, say
 from utils.compiling import compile_networks
-from utils.files import locked, set_aside, sweep_leftovers
+from utils.files import csv_length, locked, set_aside, sweep_leftovers
 from utils.hardware import enough_memory, keep_precision
 from utils.training_state import capture, restore, restore_checkpoint
 
@@ -37,6 +37,8 @@ class Session:
     saved: dict | None = None                     # a checkpoint's training state, until training resumes
     version: tuple | None = None                  # the version of that checkpoint's file
     lr: float | None = None                       # --lr of the command
+    evaluates: bool = False                       # in evaluation mode until the next training step
+    logits_said: bool = False                     # whether `warn_of_logits` has printed its line
     parallel: object = None                       # DistributedDataParallel around the model
     board: object = None                          # TensorBoard's writer
     bar: object = None                            # the progress bar of a rollout
@@ -57,8 +59,9 @@ def guarded(model):
         except Stopped:
             model.write(["last.ckpt"])
             logger.write_tables(model)
-            say(f"stopped in epoch {model.current_epoch}, saved; "
-                f"resume with: {distributed.resume_command(session.command)}")
+            command = distributed.resume_command(session.command)
+            say(f"stopped in epoch {model.current_epoch}, saved; resume "
+                + (f"with: {command}" if session.command else f"from {args.save_root}/last.ckpt"))
             raise
         finally:
             session.parallel = None  # it holds on to the process group, which would end after its threads
@@ -86,12 +89,15 @@ def prepare(model):
         sweep_leftovers(args.save_root)
         aside = None if resumes_here else set_aside(args.save_root)
         if aside:
-            say(f"--save_root {args.save_root}: the run that was here is in {aside} now; "
-                f"--save_root {aside} --resume resumes it")
+            say(f"--save_root {args.save_root}: the files that were here are in {aside}"
+                + (f"; --save_root {aside} --resume resumes their run"
+                   if is_resumable(aside / "last.ckpt") else ""))
         if args.tensorboard:
-            session.board = logger.tensorboard_writer()(str(Path(args.save_root) / "tensorboard"))
+            session.board = logger.open_tensorboard(Path(args.save_root) / "tensorboard")
+        if resumes_here and state.step == 0:
+            catch_up(model)
     logger.print_start(model)
-    if model.compiles:
+    if args.compile:
         compile_networks(model)
     if args.max_minutes and model.current_epoch < state.num_epoch:
         time_budget.fit(model)
@@ -159,6 +165,30 @@ def resume(model):
     state.num_epoch, state.train_frames, session.saved = num_epoch, train_frames, None
     model.scheduler.base_lrs, args.lr = [session.lr], session.lr
     count_steps(model)
+
+
+def catch_up(model):
+    """Write the tables and figures of the newest epoch, where a kill came between its checkpoints and them."""
+    args, state, root = model.args, model.state, Path(model.args.save_root)
+    if distributed.rank() or not state.history or csv_length(root / "history.csv") == len(state.history):
+        return
+    best = root / "best.ckpt"
+    best = best.exists() and read_checkpoint(best)["last_epoch"] == state.history[-1]["epoch"]
+    if best or getattr(args, "store_visualization", False):
+        model.eval()
+    logger.write_epoch(model, best)
+
+
+def catch_up_alone(model):
+    """`catch_up` of a run that is done: its state is restored for it."""
+    saved, args = model.session.saved, model.args
+    if not saved or not args.resume or distributed.rank():
+        return
+    with locked(args.save_root), cli.catching_signals(cli.stop):
+        if csv_length(Path(args.save_root) / "history.csv") != len(saved["state"]["history"]):
+            model.open_data()
+            restore_checkpoint(model, saved, args.ckpt_path)
+            catch_up(model)
 
 
 # ---------------------------------------------------------------- ranks
