@@ -629,7 +629,8 @@ class VAE_Model(nn.Module):
         order = range(self.rank, len(dataset) - len(dataset) % self.world, self.world)[skip * args.batch_size:]
         if dataset.frames is not None:
             return WindowLoader(dataset, args.batch_size, order)
-        return ImageLoader(dataset, args.batch_size, args.num_workers, sampler=order, drop_last=True)
+        return ImageLoader(dataset, args.batch_size, args.num_workers, sampler=order,
+                           drop_last=True)
 
     def check_batch_size(self, windows):
         """UserError where a batch holds more than there is to draw from: the pool's lanes, or this many windows."""

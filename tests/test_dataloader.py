@@ -308,8 +308,9 @@ def test_very_short_sequences_have_no_cuts():
 def test_held_frames_are_no_cuts(held, noise):
     """A video of a lower frame rate, as it is or compressed once more."""
     def hold(frames):
-        change = np.random.default_rng(0).integers(-noise, noise + 1, (held * len(frames), 3, 32, 64))
-        return np.clip(frames.repeat(held, 0) + change, 0, 255).astype(np.uint8)
+        frames = frames.repeat(held, 0)
+        change = np.random.default_rng(0).integers(-noise, noise + 1, frames.shape)
+        return np.clip(frames + change, 0, 255).astype(np.uint8)
 
     assert find_clips(hold(wander(200, 1, 3.0))) == [0, 200 * held]
     both = np.concatenate([wander(40, 1), wander(50, 2)])
