@@ -25,7 +25,8 @@ def score(pixels, folder, sequences, frames, height, width):
     files = [list_images(Path(folder) / str(sequence)) for sequence in range(sequences)]
     for names in files:
         if len(names) != frames:
-            raise UserError(f"{names[0].parent}: holds {len(names)} images; expected {frames}, one a frame")
+            raise UserError(f"{names[0].parent}: holds {len(names)} images; "
+                            f"expected {frames}, one a frame")
     shape = sequences, frames, 3 * height * width
     truth = decode(sum(files, []), height, width, desc="reading the true frames").reshape(shape)[:, 1:]
     predicted = pixels.reshape(shape)[:, 1:]
