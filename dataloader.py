@@ -134,9 +134,9 @@ def list_number_folders(root):
 def check_root(root, mode):
     """Raise UserError where the data folder is one or two above or below --DR."""
     root = Path(root)
-    if not (root / mode).is_dir():
+    if not os.path.isdir(root / mode):
         for folder in folders_around(root):
-            if (folder / mode / f"{mode}_img").is_dir():
+            if os.path.isdir(folder / mode / f"{mode}_img"):
                 raise UserError(f"--DR {root}: holds no {mode}/; expected the folder that has "
                                 f"train/, val/ and test/, which is {folder}")
 

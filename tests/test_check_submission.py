@@ -145,7 +145,8 @@ def test_ground_truth_must_be_whole(tmp_path, pixels, truth):
     (truth / "1" / "frame9.png").unlink()
     done = check(path, "--ground_truth", truth)
     assert done.returncode == 2 and done.stdout == ""
-    assert str(truth / "1") in done.stderr.splitlines()[-1] and "3 images; expected 4" in done.stderr
+    assert str(truth / "1") in done.stderr.splitlines()[-1]
+    assert "3 images; expected 4" in done.stderr
     (truth / "1" / "frame9.png").write_bytes(b"no picture")
     done = check(path, "--ground_truth", truth)
     assert done.returncode == 2 and "frame9.png" in done.stderr.splitlines()[-1]

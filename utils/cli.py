@@ -69,9 +69,10 @@ def run(main, leave=sys.exit):
 
 
 def loader_problem(error):
-    """Return the line of a loader process's error, which may be a traceback, that says what."""
-    lines = [line for line in str(error).splitlines() if LOADER_LOST.search(line)]
-    return (lines or [""])[-1].removeprefix("RuntimeError: ").strip().rstrip(".")
+    """Return what happened to a loader process: the line that says it, of a traceback maybe."""
+    text = f"{error}\n{error.__cause__ or ''}"  # the signal that killed a process is the cause
+    lines = [line for line in text.splitlines() if LOADER_LOST.search(line)]
+    return lines[-1].removeprefix("RuntimeError: ").strip().rstrip(".")
 
 
 @contextmanager
