@@ -24,7 +24,8 @@ def test_a_run_is_fitted_to_the_time(tiny_data, tmp_path, capsys):
     seconds, rows, last = run(tiny_data, tmp_path, *words)
     assert seconds < 24 and 0 < len(rows) < 100000  # 12 on a machine that does nothing else
     assert last["args"]["num_epoch"] == len(rows) and last["last_epoch"] == len(rows) - 1
-    assert last["lr"] < 0.05 * 0.001  # the cosine came to its end
+    (group,) = last["optimizer"]["param_groups"]
+    assert group["lr"] < 0.05 * 0.001  # the cosine came to its end
     assert "--max_minutes 0.2" in capsys.readouterr().out
 
 
