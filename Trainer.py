@@ -12,7 +12,6 @@ rollout pool, which gives the default recipe its previous frames, is in dataload
 about this method (flags, files, hardware, ranks, logs) is in utils/.
 """
 
-import argparse
 import math
 import shlex
 import time
@@ -21,34 +20,33 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 
+from utils import cli  # before PyTorch: see utils/__init__.py
+from utils.cli import UserError, progress, say
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint as recompute
 
 import dataloader
-from dataloader import Dataset_Dance, Frames, RolloutPool, frame_transform
+from dataloader import Dataset_Dance, Frames, frame_transform
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
-from utils import cli, distributed, logger, options, session
+from utils import distributed, logger, options, session
+from utils.averaging import recalibrate_batchnorm
 from utils.checkpoint import (
-    NETWORKS, adopt_settings, file_version, load_weights, read_checkpoint, sizes, write_checkpoint)
-from utils.cli import UserError, progress, say
+    NETWORKS, adopt_settings, file_version, load_weights, read_checkpoint, write_checkpoint)
 from utils.files import check_save_root, make_folder
 from utils.hardware import (
-    Float32Conv2d, channels_last, check_torch, enough_memory, in_pieces, join, pick_device,
-    pick_precision)
+    Float32Conv2d, autocast, channels_last, check_torch, enough_memory, evaluating, in_pieces,
+    join, pick_device, pick_precision, step_if_finite)
 from utils.metrics import psnr, warn_of_logits
 from utils.muon import Muon
-from utils.schedules import (
-    WARM_UP, beta_at, continuous, data_share, kl_annealing, learning_rate_factor,
-    teacher_forcing_ratio)
-from utils.training_state import TrainingState, capture, load_optimizer
+from utils.schedules import beta_at, continuous, data_share, kl_annealing, teacher_forcing_ratio
+from utils.training_state import TrainingState, capture, load_member, take_settings
 
 CLIP_NORM = 1.0     # gradient norm, the template's
 ROLLOUT_BLOCK = 32  # frames between two looks at a rollout: bar, signals, non-finite values
-POSE_SAMPLE = 4096  # training poses for BatchNorm recalibration
 NOISE_MSE = 1e-5    # 50 dB: errors below it hardly count
 GIF_TICK = 40       # milliseconds a frame, the template's
 OUTPUTS = {"none": lambda x: x, "clamp": lambda x: x.clamp(0, 1), "sigmoid": torch.sigmoid}
@@ -83,19 +81,6 @@ def log_mse(frames, truth):
 
 
 # ---------------------------------------------------------------- the model
-
-@contextmanager
-def evaluating(*models):
-    """Inside, BatchNorm uses its running statistics; afterwards each model is in its former mode."""
-    modes = [model.training for model in models]
-    for model in models:
-        nn.Module.train(model, False)
-    try:
-        yield
-    finally:
-        for model, mode in zip(models, modes):
-            nn.Module.train(model, mode)
-
 
 class VAE_Model(nn.Module):
     """The conditional VAE: its training step, rollout, training stage and checkpoints.
@@ -177,7 +162,7 @@ class VAE_Model(nn.Module):
     @cached_property
     def scheduler(self):
         """The learning rate's schedule."""
-        return torch.optim.lr_scheduler.LambdaLR(self.optim, lambda _: self.learning_rate_factor())
+        return torch.optim.lr_scheduler.LambdaLR(self.optim, lambda _: session.learning_rate_factor(self))
 
     @cached_property
     def scaler(self):
@@ -209,20 +194,10 @@ class VAE_Model(nn.Module):
         return next(self.frame_transformation.parameters()).device
 
     def load_state_dict(self, *args, **kwargs):
-        """Load weights as every module does, and see `evaluate_until_trained`."""
+        """Load weights as every module does, and see utils/session.py."""
         incompatible = super().load_state_dict(*args, **kwargs)
-        self.evaluate_until_trained()
+        session.evaluate_until_trained(self)
         return incompatible
-
-    def evaluate_until_trained(self):
-        """Leave training mode until the next training step, where our __init__ never ran.
-
-        Such a subclass, as the template's Tester, never leaves training mode itself, in which
-        BatchNorm normalizes each pose alone.
-        """
-        if not self.initialized:
-            nn.Module.train(self, False)
-            self.session.evaluates = True
 
     # ------------------------------------------------------------ a training step: figure 2 (a)
 
@@ -295,13 +270,11 @@ class VAE_Model(nn.Module):
 
         Arguments as of `forward`. A loss or gradient that is not finite changes nothing.
         """
-        if self.session.evaluates:
-            nn.Module.train(self, True)
-            self.session.evaluates = False
+        session.train_again(self)
         self.optim.zero_grad(set_to_none=True)
         statistics = [buffer.clone() for buffer in self.buffers()]  # BatchNorm's
         img, label = (x.to(self.device, non_blocking=True) for x in (img, label))
-        with self.autocast():
+        with autocast(self.device, self.precision):
             # not self(...): a subclass in the template's way overrides forward
             forward = self.session.parallel or partial(VAE_Model.forward, self)
             loss, _, _, self.generated = forward(img, label, adapt_TeacherForcing)
@@ -313,7 +286,7 @@ class VAE_Model(nn.Module):
             for buffer, before in zip(self.buffers(), statistics):
                 buffer.copy_(torch.where(finite, buffer, before))
         self.generated = self.generated.detach()
-        self.log_step(finite)
+        logger.add_step(self, finite)
         return loss.detach()
 
     def optimizer_step(self):
@@ -321,33 +294,12 @@ class VAE_Model(nn.Module):
 
         Returns whether it was finite, a bool tensor.
         """
-        self.scaler.unscale_(self.optim)
-        finite = nn.utils.clip_grad_norm_(self.parameters(), CLIP_NORM).isfinite()
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optim)
-            self.scaler.update()
-        elif self.device.type == "cuda":  # the fused kernel reads the flag: the host need not wait
-            self.optim.grad_scale, self.optim.found_inf = None, (~finite).float()
-            self.optim.step()
-        elif finite:
-            self.optim.step()
+        finite = step_if_finite(self.optim, self.scaler, self.parameters(), CLIP_NORM)
         if self.state.average is not None:  # with TensorFlow's num_updates: short runs forget their start
             decay = min(self.args.ema, (1 + self.state.steps_done) / (10 + self.state.steps_done))
             weights = [p.detach() for p in self.parameters()]
             torch._foreach_lerp_(list(self.state.average.values()), weights, 1 - decay)
         return finite
-
-    def log_step(self, finite):
-        """Add the step's losses and settings to the means of the epoch and of the steps."""
-        figures = torch.stack([term.detach() for term in self.losses.values()])
-        figures = figures.to(torch.float32 if self.device.type == "mps" else torch.float64)
-        counts = torch.stack([finite, ~finite]).to(figures)  # steps taken, steps skipped
-        figures = torch.cat([torch.where(finite, figures, 0.0), counts])
-        lr = self.optim.param_groups[0]["lr"]
-        settings = {"lr": lr, "tfr": self.tfr, "beta": self.beta(), **self.session.drawn}
-        for means in (self.state.epoch_means, self.state.step_means):
-            means.add(self.losses, figures, settings)
-        self.state.skipped_in_a_row = (self.state.skipped_in_a_row + 1) * ~finite
 
     # ------------------------------------------------------------ the rollout: figure 2 (b)
 
@@ -371,7 +323,7 @@ class VAE_Model(nn.Module):
         memory = enough_memory(f"--rollouts {lanes}, {size}", "fewer, or --device cpu")
         # inference mode costs least, but in it autocast casts every weight again for every frame
         no_grad = torch.inference_mode() if self.precision == "fp32" else torch.no_grad()
-        with memory, evaluating(*models), self.autocast(), no_grad:
+        with memory, evaluating(*models), autocast(self.device, self.precision), no_grad:
             for start in range(1, length, ROLLOUT_BLOCK):
                 poses = label[:, start:start + ROLLOUT_BLOCK]
                 frames, finite = self.rollout_block(models, previous, poses, noise, start == 1)
@@ -463,12 +415,13 @@ class VAE_Model(nn.Module):
         self.val_sequence = label[0, 1:].cpu(), self.predicted[0], img[0, 1:].cpu()
         return float(np.mean(self.psnr_per_frame))
 
-    def autocast(self):
-        """Return the context in which the networks run: mixed precision where `precision` has it."""
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
-
     # ------------------------------------------------------------ averaged weights
+
+    def average_weights(self):
+        """Begin an exponential moving average of the weights, where --ema asks for one."""
+        if self.args.ema and self.state.average is None:
+            weights = self.named_parameters()
+            self.state.average = {name: p.detach().clone() for name, p in weights}
 
     @contextmanager
     def validated_weights(self):
@@ -485,20 +438,11 @@ class VAE_Model(nn.Module):
             for name, value in (average or {}).items():
                 self.get_parameter(name).copy_(value)
         if poses is not None:
-            self.recalibrate_batchnorm(poses)
+            recalibrate_batchnorm(self, poses)
         try:
             yield
         finally:
             self.load_network_state(raw)
-
-    @torch.no_grad()
-    def recalibrate_batchnorm(self, poses):
-        """Compute BatchNorm's statistics over poses, uint8 (N, 3, H, W) (Wu & Johnson 2021)."""
-        blocks = max(1, len(poses) // 128)
-        stem = nn.Sequential(*list(self.label_transformation)[:3])
-        # a block is every blocks-th pose, so that means are alike and variances may be averaged
-        parts = (poses[i::blocks].float().div(255).to(self.device) for i in range(blocks))
-        update_bn(map(channels_last, parts), stem)
 
     def network_state(self):
         """Return a copy of the five networks' weights, by the keys that a checkpoint has."""
@@ -582,37 +526,21 @@ class VAE_Model(nn.Module):
     # ------------------------------------------------------------ schedules: utils/schedules.py
 
     def share_done(self):
-        """Return the share of the run that is done: by its steps, or by the time it is fitted to."""
-        budget, total = self.session.budget, self.session.total_steps
-        if budget and budget.fitted:
-            return budget.share()
-        return self.state.steps_done / total if total else 0.0
+        """Return the share of the run that is done, in [0, 1]."""
+        return session.share_done(self)
 
     def schedule_epoch(self):
-        """Return the epoch that schedules go by: continuous in the pool's training stage, else whole."""
-        if continuous(self.args) and self.session.total_steps:
-            return self.share_done() * self.args.num_epoch
-        return self.current_epoch
+        """Return the epoch that schedules go by: continuous in the pool recipe's training stage."""
+        in_stage = continuous(self.args) and self.session.total_steps
+        return self.share_done() * self.args.num_epoch if in_stage else self.current_epoch
 
     def beta(self):
         """Return beta in [0, 1] of the next step; the KL term's weight is beta * kl_weight."""
-        if continuous(self.args) and self.session.total_steps:
-            return beta_at(self.kl_annealing.args, self.schedule_epoch())
-        return self.kl_annealing.get_beta()
+        return beta_at(self.kl_annealing.args, self.schedule_epoch())
 
     def teacher_forcing_ratio_update(self):
         """Set tfr to that of the next step."""
         self.tfr = teacher_forcing_ratio(self.args, self.schedule_epoch())
-
-    def learning_rate_factor(self):
-        """Return what --lr is multiplied with in the next step; its peak outside a training stage."""
-        share = self.share_done() if self.session.total_steps else WARM_UP
-        return learning_rate_factor(self.args, self.current_epoch, share)
-
-    def set_learning_rate(self):
-        """Give the optimizer the learning rate of the next step."""
-        for group, peak in zip(self.optim.param_groups, self.scheduler.base_lrs):
-            group["lr"] = peak * self.learning_rate_factor()
 
     # ------------------------------------------------------------ the training stage
 
@@ -624,8 +552,11 @@ class VAE_Model(nn.Module):
         """
         self.session.began = self.session.began or time.monotonic()
         with cli.catching_signals(cli.stop):
-            self.open_data()
+            dataloader.open_training_data(self)
+        if self.args.tensorboard:
+            logger.tensorboard_writer()
         make_folder(self.args.save_root)
+        self.average_weights()
         with session.guarded(self):
             session.prepare(self)
             while self.current_epoch < self.state.num_epoch:
@@ -635,31 +566,6 @@ class VAE_Model(nn.Module):
             logger.enlarge(self)
         say(f"done: {self.current_epoch} epochs, best validation PSNR {self.state.best_psnr:.2f} dB, "
             f"in {self.args.save_root}")
-
-    def open_data(self):
-        """Decode the data, average the weights and start the pool, before anything is written."""
-        args, state = self.args, self.state
-        options.require(args, "DR", "save_root")
-        if args.tensorboard:
-            logger.tensorboard_writer()
-        Dataset_Dance(args.DR, None, "val", args.val_vi_len)  # what needs no decoding first
-        # the epochs that see least data need a batch, too
-        share = min(data_share(args, e) for e in (self.current_epoch, args.num_epoch - 1))
-        share = 1.0 if args.pool else share
-        windows = len(Dataset_Dance(args.DR, None, "train", args.train_vi_len, share))
-        dataloader.check_batch_size(args, windows, distributed.world())
-
-        self.dataset("val", args.val_vi_len)
-        dataset = self.dataset("train", args.train_vi_len)
-        state.train_frames = dataset.n_frames
-        if args.refresh_norm:
-            self.session.poses = dataloader.sample_poses(dataset, POSE_SAMPLE, args)
-        if args.ema and state.average is None:
-            state.average = {name: p.detach().clone() for name, p in self.named_parameters()}
-        if args.pool:
-            self.session.clips = dataloader.clips_of(dataset, args)
-            seed = args.seed + distributed.rank()
-            state.pool = RolloutPool(dataset, self.session.clips, args.pool, seed, self.device)
 
     def train_epoch(self):
         """Do the rest of the current epoch's training steps."""
@@ -754,26 +660,11 @@ class VAE_Model(nn.Module):
         own.version, own.poses = file_version(path), None
         loaded = read_checkpoint(path)
         load_weights(self, loaded["state_dict"], path)
-        self.evaluate_until_trained()
-        own.ensemble = [load_member(args, other) for other in others]
+        session.evaluate_until_trained(self)
+        own.ensemble = [load_member(VAE_Model, args, other) for other in others]
         for name in ("state", "optim", "scheduler", "scaler"):  # of a stage before this
             self.__dict__.pop(name, None)
-        own.lr = args.lr
-        if "lr" not in args.given:
-            args.lr = loaded["lr"] or args.lr
-        self.tfr = args.tfr if loaded["tfr"] is None else loaded["tfr"]
-        self.current_epoch = 0 if loaded["last_epoch"] is None else loaded["last_epoch"] + 1
-        self.kl_annealing.current_epoch = self.current_epoch
-        saved = loaded.get("resume")  # anything in a third-party checkpoint
-        ours = isinstance(saved, dict) and {"state", "ranks", "num_epoch"} <= saved.keys()
-        # lr is the schedule's peak in ours, in a third-party checkpoint the last epoch's
-        factor = 1 if ours else learning_rate_factor(args, self.current_epoch, 0)
-        self.scheduler.base_lrs = [own.lr if args.schedule == "cosine" else args.lr / factor]
-        self.set_learning_rate()
-        load_optimizer(self, loaded["optimizer"])
-        if ours:
-            weights = loaded.get("train_state_dict", loaded["state_dict"])
-            own.saved = {"weights": weights, "optimizer": loaded["optimizer"], **saved}
+        take_settings(self, loaded)
 
     # ------------------------------------------------------------ what is shown
 
@@ -789,21 +680,6 @@ class VAE_Model(nn.Module):
         text = f"tfr {self.tfr:.2f}, beta {self.beta():.2f}, {figure}"
         pbar.set_postfix_str(text, refresh=False)
         pbar.update(advance)
-
-
-def load_member(args, path):
-    """Return a VAE_Model with the weights of a further checkpoint. UserError for other frame shapes."""
-    loaded = read_checkpoint(path)
-    settings = {**build_parser().accept(loaded.get("args"), path), **sizes(loaded)}
-    for name in ("frame_H", "frame_W"):
-        if settings.get(name, getattr(args, name)) != getattr(args, name):
-            raise UserError(f"--ckpt_path {path}: its --{name} is {settings[name]}; expected "
-                            f"{getattr(args, name)}, as the first checkpoint has")
-    names = settings.keys() & {"F_dim", "L_dim", "N_dim", "D_out_dim", "output"}
-    own = {name: settings[name] for name in names}
-    member = VAE_Model(argparse.Namespace(**{**vars(args), **own}))
-    load_weights(member, loaded["state_dict"], path)
-    return member
 
 
 # ---------------------------------------------------------------- the command line
@@ -848,7 +724,7 @@ def main(argv=None):
     elif model.current_epoch >= session.epochs_to_train(model):
         say(f"{args.ckpt_path}: all {model.current_epoch} epochs are done; "
             f"a larger --num_epoch trains on")
-        session.catch_up_alone(model)
+        session.catch_up_alone(model, dataloader.open_training_data)
     else:
         model.training_stage()
 

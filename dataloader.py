@@ -24,6 +24,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from utils import distributed
+from utils.options import require
+from utils.schedules import data_share
 from utils.frame_cache import cache_folder, cached, decode, read_image, to_float
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
@@ -404,6 +407,31 @@ def window_loader(dataset, batch_size, workers, order=None):
 
 
 # ---------------------------------------------------------------- what a training stage needs
+
+POSE_SAMPLE = 4096  # training poses for BatchNorm recalibration
+
+
+def open_training_data(model):
+    """Decode the data of a model's training stage and start its pool, before anything is written."""
+    args, state, session = model.args, model.state, model.session
+    require(args, "DR", "save_root")
+    Dataset_Dance(args.DR, None, "val", args.val_vi_len)  # what needs no decoding first
+    # the epochs that see least data need a batch, too
+    share = min(data_share(args, epoch) for epoch in (state.epoch, args.num_epoch - 1))
+    share = 1.0 if args.pool else share
+    windows = len(Dataset_Dance(args.DR, None, "train", args.train_vi_len, share))
+    check_batch_size(args, windows, distributed.world())
+
+    model.dataset("val", args.val_vi_len)
+    dataset = model.dataset("train", args.train_vi_len)
+    state.train_frames = dataset.n_frames
+    if args.refresh_norm:
+        session.poses = sample_poses(dataset, POSE_SAMPLE, args)
+    if args.pool:
+        session.clips = clips_of(dataset, args)
+        seed = args.seed + distributed.rank()
+        state.pool = RolloutPool(dataset, session.clips, args.pool, seed, model.device)
+
 
 def check_batch_size(args, windows, world):
     """Raise UserError where a batch holds more than the pool's rollouts, or than this many windows on each rank."""

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from Trainer import VAE_Model, adopt_settings, build_parser  # noqa: E402
+from Trainer import VAE_Model, build_parser  # noqa: E402
+from utils.checkpoint import adopt_settings  # noqa: E402
 from dataloader import Frames, image_number, list_pairs  # noqa: E402
 from utils.cli import Parser, UserError, number, path, run, say  # noqa: E402
 from utils.files import atomic  # noqa: E402
@@ -35,7 +36,7 @@ def load(run, data):
     if not (run / "best.ckpt").is_file():
         raise UserError(f"{run}: has no best.ckpt; expected a folder that Trainer.py wrote (its --save_root)")
     args = build_parser().parse_args(["--ckpt_path", str(run / "best.ckpt"), *(["--DR", data] if data else [])])
-    adopt_settings(args)
+    adopt_settings(args, build_parser())
     if args.DR is None:
         raise UserError("--DR: is missing, and the checkpoint has none; expected the data folder")
     model = VAE_Model(args)

@@ -69,3 +69,9 @@ def send_at(monkeypatch, method, call, number):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer.VAE_Model, method, wrapped)
+
+
+def steps(model):
+    """How many steps of the epoch were taken, and how many skipped."""
+    means = model.state.epoch_means.means()
+    return means["taken"], means["skipped_steps"]

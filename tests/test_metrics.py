@@ -76,7 +76,7 @@ def test_a_black_picture_learned_exactly(black, tiny_run, tmp_path):
     assert scores == pytest.approx([100.0] * 6)
     frames = list(csv.DictReader((tmp_path / "psnr_per_frame.csv").open()))
     assert [float(row["psnr"]) for row in frames] == pytest.approx([100.0] * 19)
-    best = torch.load(tmp_path / "best.ckpt", weights_only=True)["resume"]["best_psnr"]
+    best = torch.load(tmp_path / "best.ckpt", weights_only=True)["resume"]["state"]["best_psnr"]
     assert best == pytest.approx(100)
 
 

@@ -183,6 +183,6 @@ def test_a_clock_does_not_decide_how_a_resumed_run_sums(tiny_data, tiny_run, tmp
 def test_every_random_state_is_in_the_checkpoint(tiny_run):
     resume = load(tiny_run / "last.ckpt")["resume"]
     (rank,) = resume["ranks"]
-    assert {"torch", "coins", "pool"} <= rank.keys() and "generator" in rank["pool"]
-    assert rank["pool"]["pictures"].shape == (64, 3, 16, 32)
-    assert resume["ema"].keys() < load(tiny_run / "last.ckpt")["train_state_dict"].keys()
+    assert {"torch", "sampler", "pool"} <= rank.keys() and "generator" in rank["pool"]
+    assert rank["pool"]["frames"].shape == (64, 3, 16, 32)
+    assert resume["state"]["average"].keys() < load(tiny_run / "last.ckpt")["train_state_dict"].keys()

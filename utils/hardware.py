@@ -177,6 +177,19 @@ def enough_memory(flag, instead):
         raise UserError(f"{flag}: needs more memory than the device has free; expected {instead}") from None
 
 
+@contextmanager
+def evaluating(*models):
+    """Inside, BatchNorm uses its running statistics; afterwards each model is in its former mode."""
+    modes = [model.training for model in models]
+    for model in models:
+        nn.Module.train(model, False)
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes):
+            nn.Module.train(model, mode)
+
+
 class Float32Conv2d(nn.Conv2d):
     """A convolution that stays in float32 under autocast (on CUDA in TF32, as all of float32 there).
 
@@ -188,3 +201,29 @@ class Float32Conv2d(nn.Conv2d):
         """Convolve (B, C, H, W) in float32."""
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
+
+
+# ---------------------------------------------------------------- precision of a step
+
+def autocast(device, precision):
+    """Return the context in which networks run: mixed precision for "bf16" and "fp16"."""
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def step_if_finite(optimizer, scaler, parameters, max_norm):
+    """Clip the gradient's norm and step; do nothing where the gradient is not finite.
+
+    Returns whether it was finite, a bool tensor.
+    """
+    scaler.unscale_(optimizer)
+    finite = nn.utils.clip_grad_norm_(parameters, max_norm).isfinite()
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    elif finite.device.type == "cuda":  # the fused kernel reads the flag: the host need not wait
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        optimizer.step()
+    elif finite:
+        optimizer.step()
+    return finite

@@ -173,6 +173,19 @@ def print_start(model):
             f"rollouts will be poor; expected --tfr_sde {seventh + 1} --tfr_d_step {1 / seventh:.2g}, or --max_minutes")
 
 
+def add_step(model, finite):
+    """Add a step's losses and settings to the means of the epoch and of the next row of steps.csv."""
+    state = model.state
+    figures = torch.stack([term.detach() for term in model.losses.values()])
+    figures = figures.to(torch.float32 if figures.device.type == "mps" else torch.float64)
+    counts = torch.stack([finite, ~finite]).to(figures)  # steps taken, steps skipped
+    figures = torch.cat([torch.where(finite, figures, 0.0), counts])
+    settings = {"lr": model.optim.param_groups[0]["lr"], "tfr": model.tfr, "beta": model.beta()}
+    for means in (state.epoch_means, state.step_means):
+        means.add(model.losses, figures, {**settings, **model.session.drawn})
+    state.skipped_in_a_row = (state.skipped_in_a_row + 1) * ~finite
+
+
 def log_steps(model, share_before):
     """Add a row to the table of steps whenever another two-thousandth of the run is done."""
     state = model.state

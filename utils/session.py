@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import cli, distributed, logger, time_budget
+from utils import cli, distributed, logger, schedules, time_budget
 from utils.checkpoint import file_version, is_latest_in, is_resumable, read_checkpoint
 from utils.cli import Stopped, UserError, say
 from utils.compiling import compile_networks
 from utils.files import csv_length, locked, set_aside, sweep_leftovers
 from utils.hardware import enough_memory, keep_precision
+from utils.schedules import WARM_UP
 from utils.training_state import capture, restore, restore_checkpoint
 
 MAX_SKIPPED = 20  # non-finite steps in a row that end training
@@ -80,7 +82,7 @@ def prepare(model):
     latest = session.saved and is_latest_in(args.save_root, args.ckpt_path)
     resumes_here = state.steps_done or latest
     count_steps(model)
-    model.set_learning_rate()
+    set_learning_rate(model)
     parallelize(model)
     if session.saved:
         resume(model)
@@ -127,12 +129,50 @@ def end_step(model, loss, bar, last):
     session.stop.check()
 
 
+def evaluate_until_trained(model):
+    """Leave training mode until the next training step, where VAE_Model.__init__ never ran.
+
+    Such a subclass, as the template's Tester, never leaves training mode itself, in which
+    BatchNorm normalizes each pose alone.
+    """
+    if not model.initialized:
+        nn.Module.train(model, False)
+        model.session.evaluates = True
+
+
+def train_again(model):
+    """End what `evaluate_until_trained` began."""
+    if model.session.evaluates:
+        nn.Module.train(model, True)
+        model.session.evaluates = False
+
+
 def agree(model):
     """Let all ranks see the same clock, and the signal that any of them received."""
     budget = model.session.budget
     if budget:
         budget.now = distributed.broadcast(time.monotonic(), model.device)
     model.session.stop.agree(model.device)
+
+
+def share_done(model):
+    """Return the share of the run that is done: by its steps, or by the time it is fitted to."""
+    budget, total = model.session.budget, model.session.total_steps
+    if budget and budget.fitted:
+        return budget.share()
+    return model.state.steps_done / total if total else 0.0
+
+
+def learning_rate_factor(model):
+    """Return what --lr is multiplied with in the next step; at the peak outside a training stage."""
+    share = share_done(model) if model.session.total_steps else WARM_UP
+    return schedules.learning_rate_factor(model.args, model.current_epoch, share)
+
+
+def set_learning_rate(model):
+    """Give the optimizer the learning rate of the next step."""
+    for group, peak in zip(model.optim.param_groups, model.scheduler.base_lrs):
+        group["lr"] = peak * learning_rate_factor(model)
 
 
 def count_steps(model):
@@ -179,14 +219,15 @@ def catch_up(model):
     logger.write_epoch(model, best)
 
 
-def catch_up_alone(model):
-    """`catch_up` of a run that is done: its state is restored for it."""
+def catch_up_alone(model, open_data):
+    """`catch_up` of a run that is done: its data are opened and its state restored for it."""
     saved, args = model.session.saved, model.args
     if not saved or not args.resume or distributed.rank():
         return
     with locked(args.save_root), cli.catching_signals(cli.stop):
         if csv_length(Path(args.save_root) / "history.csv") != len(saved["state"]["history"]):
-            model.open_data()
+            open_data(model)
+            model.average_weights()
             restore_checkpoint(model, saved, args.ckpt_path)
             catch_up(model)
 

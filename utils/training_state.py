@@ -5,15 +5,17 @@ A resumed run on a CPU is bitwise identical to one that was never stopped (docs/
 
 import copy
 import math
+from argparse import Namespace
 from dataclasses import dataclass, field, fields
 
 import torch
 
 from utils import distributed
-from utils.checkpoint import optimizer_fits
+from utils.checkpoint import load_weights, optimizer_fits, read_checkpoint, sizes
 from utils.cli import UserError
 from utils.logger import RunningMeans
 from utils.muon import is_matrix
+from utils.schedules import WARM_UP, learning_rate_factor
 
 
 @dataclass
@@ -137,3 +139,50 @@ def load_optimizer(model, optimizer):
     for parameter, own in model.optim.state.items():
         for name in own.keys() & {"exp_avg", "exp_avg_sq"}:  # the fused kernels take both for laid out alike
             own[name] = torch.empty_like(parameter).copy_(own[name])
+
+
+def take_settings(model, loaded):
+    """Take from a checkpoint, as `read_checkpoint` returns it, what says where training stands.
+
+    Sets args.lr, tfr, current_epoch (the one after the checkpoint's last), kl_annealing and the
+    optimizer; and session.saved, from which a training stage resumes, where the run is ours.
+    """
+    args, session = model.args, model.session
+    for name in ("state", "optim", "scheduler", "scaler"):  # of a stage before this
+        model.__dict__.pop(name, None)
+    session.lr = args.lr
+    if "lr" not in args.given:
+        args.lr = loaded["lr"] or args.lr
+    model.tfr = args.tfr if loaded["tfr"] is None else loaded["tfr"]
+    model.current_epoch = 0 if loaded["last_epoch"] is None else loaded["last_epoch"] + 1
+    model.kl_annealing.current_epoch = model.current_epoch
+
+    saved = loaded.get("resume")  # anything in a third-party checkpoint
+    ours = isinstance(saved, dict) and {"state", "ranks", "num_epoch"} <= saved.keys()
+    # lr is the schedule's peak in ours, in a third-party checkpoint the last epoch's
+    factor = 1 if ours else learning_rate_factor(args, model.current_epoch, 0)
+    model.scheduler.base_lrs = [session.lr if args.schedule == "cosine" else args.lr / factor]
+    for group, peak in zip(model.optim.param_groups, model.scheduler.base_lrs):
+        group["lr"] = peak * learning_rate_factor(args, model.current_epoch, WARM_UP)
+    load_optimizer(model, loaded["optimizer"])
+    if ours:
+        weights = loaded.get("train_state_dict", loaded["state_dict"])
+        session.saved = {**saved, "weights": weights, "optimizer": loaded["optimizer"]}
+
+
+def load_member(kind, args, path):
+    """Return a model of a class with the weights of a further checkpoint of an ensemble.
+
+    Sizes and output activation are the checkpoint's. UserError where its frames have another shape.
+    """
+    loaded = read_checkpoint(path)
+    settings = {**kind.flags().accept(loaded.get("args"), path), **sizes(loaded)}
+    for name in ("frame_H", "frame_W"):
+        if settings.get(name, getattr(args, name)) != getattr(args, name):
+            raise UserError(f"--ckpt_path {path}: its --{name} is {settings[name]}; expected "
+                            f"{getattr(args, name)}, as the first checkpoint has")
+    names = settings.keys() & {"F_dim", "L_dim", "N_dim", "D_out_dim", "output"}
+    own = {name: settings[name] for name in names}
+    member = kind(Namespace(**{**vars(args), **own}))
+    load_weights(member, loaded["state_dict"], path)
+    return member
