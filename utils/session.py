@@ -189,6 +189,7 @@ def catch_up_alone(model):
             model.open_data()
             restore_checkpoint(model, saved, args.ckpt_path)
             catch_up(model)
+            logger.enlarge(model)
 
 
 # ---------------------------------------------------------------- ranks
