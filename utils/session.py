@@ -230,6 +230,7 @@ def catch_up_alone(model, open_data):
             model.average_weights()
             restore_checkpoint(model, saved, args.ckpt_path)
             catch_up(model)
+            logger.enlarge(model)
 
 
 # ---------------------------------------------------------------- ranks
