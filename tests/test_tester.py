@@ -13,6 +13,7 @@ from PIL import Image, ImageSequence
 
 import Tester
 from dataloader import Dataset_Dance, frame_transform
+from utils.files import atomic
 from utils.submission import check_submission, csv_rows, format_warning, write_submission
 
 SEQUENCES, FRAMES, H, W = 5, 20, 16, 32
@@ -397,7 +398,7 @@ def test_the_check_notices_other_frames(tiny_run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_nothing_behind(number, status, tiny_run, tmp_path, monkeypatch):
     def interrupted(path, rows, values):
-        with Tester.atomic(path) as aside:
+        with atomic(path) as aside:
             aside.write_text("half")
             os.kill(os.getpid(), number)
 
