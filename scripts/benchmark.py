@@ -29,6 +29,10 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from utils.cli import Parser, UserError, number, progress, run  # before PyTorch: utils/__init__.py
+
 import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,10 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import Trainer
-from utils.cli import Parser, UserError, number, progress, run
 from utils.options import device_name
 from scripts.reference_loop import reference_loss, reference_rollout, reference_step
 from dataloader import (

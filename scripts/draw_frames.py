@@ -10,7 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from utils.cli import Parser, UserError, number, run  # noqa: E402
-from make_report import plt, read_rollout  # noqa: E402
+from plot_runs import new_figure  # noqa: E402
+from report_frames import read_rollout  # noqa: E402
 from utils.files import atomic  # noqa: E402
 
 
@@ -18,8 +19,8 @@ def draw(rollout, frames, scale, path):
     """rollout: uint8 (frames, H, 3 * W, 3), pose | prediction | ground truth; frames: numbers from 1."""
     height, width = rollout.shape[1], rollout.shape[2] // 3
     inch = scale / 100  # of a pixel of the frame
-    figure, axes = plt.subplots(3, len(frames), squeeze=False, layout="constrained",
-                                figsize=(len(frames) * width * inch + 0.8, 3 * height * inch + 0.5))
+    figure = new_figure(len(frames) * width * inch + 0.8, 3 * height * inch + 0.5, layout="constrained")
+    axes = figure.subplots(3, len(frames), squeeze=False)
     for column, frame in enumerate(frames):
         for row, name in enumerate(("pose", "prediction", "truth")):
             ax = axes[row, column]

@@ -1,18 +1,22 @@
 #!/usr/bin/env python3
-"""Draw the figures of one or more training runs, from history.csv and psnr_per_frame.csv alone.
+"""Draw the figures of one or more training runs, from history.csv, steps.csv and psnr_per_frame.csv alone.
 
     python scripts/plot_runs.py runs/Cyclical runs/Monotonic runs/None -o figures
 
-Each RUN is a folder that Trainer.py wrote (its --save_root); a run is called by its folder's name. Into OUT go, as PNG and PDF:
+Each RUN is a folder that Trainer.py wrote (its --save_root); a run is called by its folder's name.
+Into OUT go, as PNG and PDF:
 
-    loss_curves      total loss, MSE and KL, with beta under them on the same epochs
-    beta_schedules   the weight on KL by epoch, one panel for each schedule (the assignment's figure 5)
-    teacher_forcing  the ratio, the share of steps that used ground truth, and the loss under them
+    loss_curves      total loss, reconstruction, KL and its weight; validation PSNR beside them
+    loss_parts       the total loss of each run as the sum of reconstruction and weighted KL
+    beta_schedules   beta, one panel for each schedule (the assignment's figure 5)
+    teacher_forcing  the ratio, the share that was forced, and the loss, on one x axis
+    teacher_forcing_losses  ratio, reconstruction and validation PSNR of several runs together
     val_psnr         validation PSNR by epoch: mean over the frames, and last frame
     psnr_per_frame   PSNR of every frame of the best epoch's validation rollout
     psnr_summary     the table of all this, also as psnr_summary.csv
 
-A figure whose numbers are missing is left out, and a line says so. Where an axis is cut, the figure says so.
+Thin lines are from steps.csv, marks are the means over the epochs. A figure whose numbers are
+missing is left out, and a line says so. Where an axis is cut, the figure says so.
 """
 
 import csv
@@ -21,24 +25,22 @@ import math
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils.cli import Parser, UserError, run
-from utils.files import atomic, make_folder
+from utils.cli import Parser, run  # noqa: E402
+from utils.files import atomic, make_folder  # noqa: E402
+from run_folders import (WITHOUT, by_epoch, by_step, load_runs, objective, summarise,  # noqa: E402
+                         without_annealing)
 
-# Okabe and Ito 2008, without its yellow, which is lost on white paper; dashes and markers say the same without colour.
-from utils.logger import HISTORY
-
-# Okabe and Ito 2008, without its yellow, which is lost on white paper; dashes and markers say the same without colour.
+# Okabe and Ito 2008, without its yellow, which is lost on white paper; dashes and markers say the
+# same without colour.
 STYLES = [
     ("#0072B2", "-", "o"),
     ("#D55E00", (0, (5, 1.6)), "s"),
@@ -48,154 +50,116 @@ STYLES = [
     ("#56B4E9", (0, (2.5, 1)), "P"),
     ("#000000", (0, (4, 1.2, 1, 1.2, 1, 1.2)), "X"),
 ]
-CJK = ["Noto Sans CJK TC", "Noto Sans TC", "PingFang TC", "Microsoft JhengHei", "WenQuanYi Zen Hei", "Arial Unicode MS"]
-
-plt.rcParams.update({
+CJK = ["Noto Sans CJK TC", "Noto Sans TC", "PingFang TC", "Microsoft JhengHei", "WenQuanYi Zen Hei",
+       "Arial Unicode MS"]
+SETTINGS = {
     "font.family": ["DejaVu Sans", *sorted(set(CJK) & set(get_font_names()), key=CJK.index)],
     "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "legend.fontsize": 8.5, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#e2e2e2", "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "pdf.fonttype": 42, "lines.linewidth": 1.6, "lines.markersize": 4.5,
-})
-
-
-# ---------------------------------------------------------------- reading
-
-def read_table(path, columns):
-    """{column: float array} of a CSV file whose header has at least `columns`.
-
-    An empty cell was not measured: NaN. A cell that says nan or inf was measured and is not finite: inf, so that it gets shown.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = [(reader.line_num, row) for reader in [csv.reader(file)] for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as CSV: {error}")
-    if not rows:
-        raise UserError(f"{path}: is empty; expected the columns {','.join(columns)}")
-    header = [name.strip() for name in rows[0][1]]
-    missing = [name for name in columns if name not in header]
-    if missing:
-        raise UserError(f"{path}: lacks the column {', '.join(missing)}; expected {','.join(columns)}")
-    if len(rows) == 1:
-        raise UserError(f"{path}: has a header and no rows; the first epoch has not ended")
-    values = []
-    for line, row in rows[1:]:
-        if len(row) != len(header):
-            raise UserError(f"{path}, line {line}: {len(row)} values, expected {len(header)}")
-        try:
-            numbers = [float(cell) if cell.strip() else math.nan for cell in row]
-        except ValueError as error:
-            raise UserError(f"{path}, line {line}: {error}")
-        values.append([x if math.isfinite(x) or not cell.strip() else math.inf for x, cell in zip(numbers, row)])
-    table = dict(zip(header, np.array(values).T))
-    order = table[columns[0]]
-    if not np.isfinite(order).all() or (np.diff(order) <= 0).any():
-        raise UserError(f"{path}: column {columns[0]} does not count upwards")
-    return table
-
-
-def load_runs(paths):
-    """Read every run folder: a list with path, name, history and psnr (None where there is no psnr_per_frame.csv)."""
-    paths = [Path(path) for path in paths]
-    for path in paths:
-        if not path.is_dir():
-            raise UserError(f"{path}: no such run folder")
-        if not (path / "history.csv").is_file():
-            raise UserError(f"{path}: has no history.csv; expected a folder that Trainer.py wrote (its --save_root)")
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise UserError("RUN: the same folder is given twice")
-    names = [path.resolve().name for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(Path(path.resolve().parent.name) / path.resolve().name) for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
-    runs = []
-    for path, name in zip(paths, names):
-        psnr = path / "psnr_per_frame.csv"
-        runs.append(SimpleNamespace(
-            path=path, name=name, history=read_table(path / "history.csv", HISTORY),
-            psnr=read_table(psnr, ["frame", "psnr"]) if psnr.is_file() else None))
-    return runs
-
-
-def summarise(run):
-    """The numbers of one run, as a dict; None where they were not measured."""
-    history, mean = run.history, run.history["val_psnr_mean"]
-    row = {"run": run.name, "epochs": len(mean), "best_epoch": None}
-    if np.isfinite(mean).any():
-        best = np.argmax(np.where(np.isfinite(mean), mean, -np.inf))
-        # a run that went on in another folder has better epochs in its history than the one whose files are there
-        same = [] if run.psnr is None else np.flatnonzero(np.isclose(mean, run.psnr["psnr"].mean(), rtol=0, atol=1e-6))
-        if len(same) and best not in same:
-            best = same[-1]
-        row["best_epoch"] = int(history["epoch"][best])
-    keys = "psnr_mean psnr_median psnr_first psnr_last psnr_min psnr_min_frame psnr_max psnr_max_frame".split()
-    row.update(dict.fromkeys(keys))
-    if run.psnr is not None and np.isfinite(run.psnr["psnr"]).any():
-        keep = np.isfinite(run.psnr["psnr"])
-        frame, psnr = run.psnr["frame"][keep], run.psnr["psnr"][keep]
-        low, high = psnr.argmin(), psnr.argmax()
-        row.update(zip(keys, [psnr.mean(), np.median(psnr), psnr[0], psnr[-1],
-                              psnr[low], int(frame[low]), psnr[high], int(frame[high])]))
-    return row
+    "legend.fontsize": 8.5, "legend.frameon": False, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e2e2e2", "grid.linewidth": 0.6,
+    "axes.axisbelow": True, "pdf.fonttype": 42, "lines.linewidth": 1.6, "lines.markersize": 4.5,
+}
+EPOCHS = "Epochs trained"  # the x axis: epoch e of history.csv reaches from e to e + 1
 
 
 # ---------------------------------------------------------------- pieces of a figure
 
+def new_figure(*size, **options):
+    """A Figure of width and height in inches, drawn by Agg, that pyplot knows nothing of."""
+    figure = Figure(figsize=size, **options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def label(name):
-    """A name that matplotlib prints as it is: no mathtext, and no leading underscore, which hides a legend entry."""
+    """A name that matplotlib prints as it is: no mathtext, no leading underscore (a hidden entry)."""
     name = name if len(name) <= 40 else name[:19] + "\u2026" + name[-20:]
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
+def kl_label(run):
+    """A run's name in figures about the KL term."""
+    named = WITHOUT in run.label or not without_annealing(run)
+    return label(run.label if named else f"{run.label}, {WITHOUT}")
+
+
 def style(index, count=0, runs=1):
-    """Line options of run `index`; with `count` points its markers stand at their own places, so that equal curves all show."""
+    """Line options of run `index`; with `count` points its markers stand at places of their own."""
     colour, dashes, marker = STYLES[index % len(STYLES)]
     step = max(1, count // 12)
-    size = 4.5 if step > 1 else 4.5 + 1.6 * min(3, max(0, runs - 1 - index))  # every point marked: equal ones lie in rings
+    # where every point is marked, equal ones lie in rings
+    size = 4.5 if step > 1 else 4.5 + 1.6 * min(3, max(0, runs - 1 - index))
     return dict(color=colour, linestyle=dashes, marker=marker, markersize=size, markeredgecolor=colour,
                 markerfacecolor="white" if index >= len(STYLES) else colour,
                 markevery=(index * step // max(1, runs) % step, step))
 
 
 def draw(ax, x, y, **options):
-    """Plot the finite points. Return the x of those that are not finite (inf; NaN was not measured)."""
+    """Plot the finite points. Return the x of those that are not (inf; NaN was not measured)."""
     ax.plot(x[np.isfinite(y)], y[np.isfinite(y)], **options)
     return x[np.isinf(y)]
 
 
+def draw_steps(ax, run, quantity, **options):
+    """Plot a quantity by step; what changes by epoch alone stays a staircase."""
+    draw(ax, *by_step(run, quantity), **options)
+
+
+def draw_quantity(ax, runs, quantity, name=lambda r: label(r.label)):
+    """Plot a quantity of all runs: by step thin, the means over the epochs on top."""
+    bad = {}
+    for i, r in enumerate(runs):
+        x, y = by_epoch(r, quantity)
+        options = style(i, len(y), len(runs))
+        if r.steps is not None:
+            draw_steps(ax, r, quantity, color=options["color"], linewidth=0.7, alpha=0.5)
+        bad[r.label] = draw(ax, x, y, label=name(r), **options) - 0.5
+    note_not_finite(ax, bad)
+
+
 def note(ax, text):
     """A line in small print under the axis."""
-    ax.annotate(text, (0, 0), (0, -30), xycoords="axes fraction", textcoords="offset points", fontsize=7.5, va="top",
-                color="#8a2c00", annotation_clip=False)
+    ax.annotate(text, (0, 0), (0, -30), xycoords="axes fraction", textcoords="offset points",
+                fontsize=7.5, va="top", color="#8a2c00", annotation_clip=False)
 
 
 def note_not_finite(ax, bad):
     """Say which epochs could not be drawn. bad: {run name: epochs}."""
-    parts = [f"{label(name)} {', '.join(f'{e:g}' for e in epochs[:6])}{' ...' if len(epochs) > 6 else ''}"
-             for name, epochs in bad.items() if len(epochs)]
+    few = lambda epochs: ", ".join(f"{e:g}" for e in epochs[:6]) + (" ..." if len(epochs) > 6 else "")
+    parts = [f"{label(name)} {few(epochs)}" for name, epochs in bad.items() if len(epochs)]
     if parts:
-        note(ax, "Not finite, so not drawn: " + "; ".join(parts))
+        note(ax, "Not finite, so not drawn: epoch " + "; ".join(parts))
 
 
-def epoch_axis(ax, histories):
-    """Whole epochs on the x axis, with some room on both sides; one epoch alone stands in the middle."""
-    first, last = min(h["epoch"][0] for h in histories), max(h["epoch"][-1] for h in histories)
-    room = max(0.5, 0.02 * (last - first))
+def epoch_axis(ax, runs):
+    """Whole epochs on the x axis, with some room on both sides."""
+    first = min(r.history["epoch"][0] for r in runs)
+    last = max(r.history["epoch"][-1] for r in runs) + 1
+    room = 0.02 * (last - first)
     ax.set_xlim(first - room, last + room)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
+def share_axis(ax):
+    """A y axis for what lies between 0 and 1."""
+    ax.set_ylim(-0.05, 1.08)
+
+
+def finite(runs, *quantities):
+    """All values of some quantities, by step and by epoch, for the choice of an axis."""
+    return [y for r in runs for q in quantities for _, y in (by_step(r, q), by_epoch(r, q))]
+
+
 def log_where_it_helps(ax, series):
-    """A log axis where positive values span more than a factor of 8; with zeros among them, linear near zero (symlog)."""
+    """A log axis where positive values span more than a factor of 8; with zeros, linear near zero."""
     values = np.concatenate([s[np.isfinite(s)] for s in series])
     positive = values[values > 0]
     if len(positive) and len(positive) == len(values) and values.max() > 8 * values.min():
         ax.set_yscale("log")
     elif len(positive) and values.min() == 0 and positive.max() > 8 * positive.min():
         ax.set_yscale("symlog", linthresh=positive.min(), linscale=0.3)
-        ax.text(0.995, 1.01, f"linear below {positive.min():.1e}", transform=ax.transAxes, ha="right", va="bottom", fontsize=7)
+        ax.text(0.995, 1.01, f"linear below {positive.min():.1e}", transform=ax.transAxes, ha="right",
+                va="bottom", fontsize=7)
         return
     else:
         return
@@ -209,11 +173,11 @@ def log_where_it_helps(ax, series):
 
 
 def cut_low_outliers(ax, drawn, x_name):
-    """Where a few values lie so far down that they would flatten all others, cut the axis, mark them and say so.
+    """Where a few values lie so far down that they would flatten all others, cut the axis and say so.
 
-    drawn: [(run name, colour, x, y)].
+    drawn: [(run name, colour, x, y, how much x is above the number that x_name has)].
     """
-    values = np.concatenate([y[np.isfinite(y)] for _, _, _, y in drawn])
+    values = np.concatenate([y[np.isfinite(y)] for _, _, _, y, _ in drawn])
     if len(values) < 10:
         return
     low, high = np.percentile(values, 10), values.max()
@@ -222,29 +186,16 @@ def cut_low_outliers(ax, drawn, x_name):
         return
     ax.set_ylim(floor, high + 0.05 * (high - floor))
     count, lowest = 0, (math.inf, "", 0)
-    for name, colour, x, y in drawn:
+    for name, colour, x, y, offset in drawn:
         out = np.isfinite(y) & (y < floor)
-        ax.plot(x[out], np.full(out.sum(), floor), linestyle="none", marker="v", markersize=7, color=colour, clip_on=False,
-                zorder=5)
+        ax.plot(x[out], np.full(out.sum(), floor), linestyle="none", marker="v", markersize=7,
+                color=colour, clip_on=False, zorder=5)
         count += out.sum()
         if out.any():
-            lowest = min(lowest, (y[out].min(), name, x[out][y[out].argmin()]))
+            lowest = min(lowest, (y[out].min(), name, x[out][y[out].argmin()] - offset))
     values_lie = "value lies" if count == 1 else "values lie"
     note(ax, f"Axis cut: {count} {values_lie} below it (triangles); "
              f"lowest {lowest[0]:.1f} dB, {label(lowest[1])}, {x_name} {lowest[2]:g}")
-
-
-def same_series(runs, column):
-    """Group runs whose `column` is equal at equal epochs: [(indices, epochs, values)]."""
-    groups = []
-    for i, r in enumerate(runs):
-        for members, epochs, values in groups:
-            if np.array_equal(epochs, r.history["epoch"]) and np.allclose(values, r.history[column], equal_nan=True):
-                members.append(i)
-                break
-        else:
-            groups.append(([i], r.history["epoch"], r.history[column]))
-    return groups
 
 
 def legend_on_top(fig, ax):
@@ -252,143 +203,256 @@ def legend_on_top(fig, ax):
     handles, names = ax.get_legend_handles_labels()
     widest = max(map(len, names))
     lines = math.ceil(len(names) / max(1, 105 // (widest + 9)))
-    fig.legend(handles, names, loc="outside upper center", ncols=math.ceil(len(names) / lines), handlelength=3.6)
+    fig.legend(handles, names, loc="outside upper center", ncols=math.ceil(len(names) / lines),
+               handlelength=3.6)
+
+
+def panels(runs, wide=2.45, narrowest=4.6):
+    """(rows, columns, width in inches) of a figure with a panel for each run."""
+    columns = len(runs) if len(runs) <= 4 else 3
+    return math.ceil(len(runs) / columns), columns, max(narrowest, wide * columns)
 
 
 # ---------------------------------------------------------------- the figures
 
+def draw_validation(ax, runs, column, name=lambda r: label(r.label), ring=True):
+    """Validation PSNR in dB, at the end of each epoch; the best epoch ringed."""
+    bad, drawn = {}, []
+    for i, r in enumerate(runs):
+        x, y = r.history["epoch"] + 1, r.history[column]
+        options = style(i, len(y), len(runs))
+        bad[r.label] = draw(ax, x, y, label=name(r), **options) - 1
+        drawn.append((r.label, options["color"], x, y, 1))
+        best = summarise(r)["best_epoch"]
+        if ring and best is not None:
+            ax.plot(best + 1, y[x == best + 1][0], "o", markersize=11, markerfacecolor="none",
+                    markeredgecolor=options["color"], markeredgewidth=1.4)
+    ax.set_ylabel("PSNR (dB)")
+    note_not_finite(ax, bad)
+    if any(np.isfinite(y).any() for _, _, _, y, _ in drawn):
+        cut_low_outliers(ax, drawn, "epoch")
+
+
+def reconstruction_title(runs):
+    """The reconstruction under its own name."""
+    return "Reconstruction (" + " or ".join(sorted({objective(r) for r in runs})) + ")"
+
+
 def loss_curves(runs):
-    panels = [("train_loss", "Total loss (reconstruction + weighted KL)"), ("train_mse", "MSE"), ("train_kl", "KL divergence (nats)"),
-              ("beta", "beta, the weight on KL")]
-    fig, axes = plt.subplots(4, 1, layout="constrained", figsize=(7, 9), sharex=True, height_ratios=[1.3, 1.3, 1.3, 0.8])
-    for ax, (column, title) in zip(axes, panels):
-        bad = {}
-        for i, r in enumerate(runs):
-            y = r.history[column]
-            bad[r.name] = draw(ax, r.history["epoch"], y, label=label(r.name), **style(i, len(y), len(runs)))
-        ax.set_title(title)
-        if column == "beta":
-            ax.set_ylim(-0.05, 1.08)
+    """Total loss, reconstruction, KL and its weight; validation PSNR beside them."""
+    fig = new_figure(9.6, 8.4, layout="constrained")
+    axes = fig.subplots(3, 2, sharex=True)
+    logarithm = any(objective(r) == "log-MSE" for r in runs)
+    for ax, quantity, title in [
+            (axes[0, 0], "loss", "Total loss = reconstruction + weight x KL"),
+            (axes[1, 0], "reconstruction", reconstruction_title(runs)),
+            (axes[2, 0], "kl", "KL (nats)"),
+            (axes[2, 1], "weight", "Weight on KL: beta x kl_weight")]:
+        if quantity == "weight":
+            for i, r in enumerate(runs):
+                colour, dashes, _ = STYLES[i % len(STYLES)]
+                draw_steps(ax, r, quantity, color=colour, linestyle=dashes)
+            ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
         else:
-            log_where_it_helps(ax, [r.history[column] for r in runs])
-            note_not_finite(ax, bad)
-    epoch_axis(axes[-1], [r.history for r in runs])
-    axes[-1].set_xlabel("Epoch")
-    legend_on_top(fig, axes[0])
+            draw_quantity(ax, runs, quantity, kl_label)
+            log_where_it_helps(ax, finite(runs, quantity))
+        ax.set_title(title)
+    draw_validation(axes[0, 1], runs, "val_psnr_mean", kl_label)
+    axes[0, 1].set_title("Validation PSNR, mean over the frames")
+    draw_quantity(axes[1, 1], runs, "mse", kl_label)
+    log_where_it_helps(axes[1, 1], finite(runs, "mse"))
+    axes[1, 1].set_title("Training MSE" + (" (not in the loss)" if logarithm else ""))
+    epoch_axis(axes[2, 0], runs)
+    for ax in axes[2]:
+        ax.set_xlabel(EPOCHS)
+    legend_on_top(fig, axes[0, 0])
     return fig
+
+
+def loss_parts(runs):
+    """The total loss of each run over the areas of its two terms."""
+    rows, columns, width = panels(runs)
+    fig = new_figure(width, 2.5 * rows + 0.3, layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    totals = np.concatenate([y[np.isfinite(y)] for y in finite(runs, "loss")])
+    top = 1.15 * np.percentile(totals, 97) if len(totals) else 1
+    for ax, r in zip(axes.flat, runs):
+        x, part = by_step(r, "reconstruction")
+        term = by_step(r, "weight")[1] * by_step(r, "kl")[1]
+        ax.fill_between(x, 0, part, color="#56B4E9", linewidth=0, label=reconstruction_title(runs))
+        ax.fill_between(x, part, part + term, color="#E69F00", linewidth=0, label="weight x KL")
+        draw_steps(ax, r, "loss", color="black", linewidth=0.8, label="total loss")
+        x, y = by_epoch(r, "loss")
+        draw(ax, x, y, color="black", linestyle="none", marker=".", label="its mean over an epoch",
+             markevery=max(1, len(x) // 12))
+        ax.set_title(textwrap.fill(kl_label(r), 34))
+    if len(totals) and totals.max() > top:
+        over = max(runs, key=lambda r: max([y[np.isfinite(y)].max(initial=0) for y in finite([r], "loss")]))
+        note(axes[-1, 0], f"Axis cut: the total reaches {totals.max():.3g} ({label(over.label)})")
+    axes[0, 0].set_ylim(0, top if top > 0 else 1)
+    finish_panels(fig, axes, runs, columns, 4 if columns > 1 else 2)
+    return fig
+
+
+def finish_panels(fig, axes, runs, columns, legend_columns):
+    """Hide the panels without a run, name the x axis under the last ones, one legend on top."""
+    for i, ax in enumerate(axes.flat):
+        ax.set_visible(i < len(runs))
+        if i + columns >= len(runs):
+            ax.set_xlabel(EPOCHS)
+            ax.tick_params(labelbottom=True)
+    epoch_axis(axes[0, 0], runs)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, names, loc="outside upper center", ncols=legend_columns, handlelength=2.6)
+
+
+def same_schedule(runs):
+    """Groups of runs with the same beta at the same places."""
+    groups = []
+    for r in runs:
+        x, y = by_step(r, "beta")
+        for group in groups:
+            other_x, other_y = by_step(group[0], "beta")
+            if x.shape == other_x.shape and np.allclose(x, other_x) and np.allclose(y, other_y, equal_nan=True):
+                group.append(r)
+                break
+        else:
+            groups.append([r])
+    return groups
 
 
 def beta_schedules(runs):
-    groups = same_series(runs, "beta")
-    columns = min(3, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    fig, axes = plt.subplots(rows, columns, layout="constrained", figsize=(max(3.4, 2.45 * columns), 2.2 * rows), squeeze=False,
-                             sharey=True, sharex=True)
-    for ax in axes.flat[len(groups):]:
-        ax.set_visible(False)
-    for ax, (members, epochs, beta) in zip(axes.flat, groups):
-        colour, _, marker = STYLES[members[0] % len(STYLES)]
-        ax.plot(epochs, beta, color=colour, marker=marker, markersize=3 if len(epochs) > 20 else 4.5)
-        ax.set_title(textwrap.fill(", ".join(label(runs[i].name) for i in members), 28), fontsize=9.5 if len(members) < 3 else 8)
-        ax.set_ylim(-0.05, 1.08)
+    """Beta, one panel for each schedule."""
+    groups = same_schedule(runs)
+    rows, columns, width = panels(groups, narrowest=3.4)
+    fig = new_figure(width, 2.2 * rows, layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False, sharey=True, sharex=True)
+    for i, ax in enumerate(axes.flat):
+        ax.set_visible(i < len(groups))
+        if i + columns >= len(groups):
+            ax.set_xlabel(EPOCHS)
+            ax.tick_params(labelbottom=True)
+    for ax, group in zip(axes.flat, groups):
+        draw_steps(ax, group[0], "beta", color=STYLES[runs.index(group[0]) % len(STYLES)][0])
+        title = ", ".join(kl_label(r) for r in group)
+        ax.set_title(textwrap.fill(title, 28), fontsize=9.5 if len(group) < 3 else 8)
+    share_axis(axes[0, 0])
     for ax in axes[:, 0]:
         ax.set_ylabel("beta")
-    for i, ax in enumerate(axes.flat[:len(groups)]):
-        epoch_axis(ax, [r.history for r in runs])
-        if i + columns >= len(groups):
-            ax.set_xlabel("Epoch")
-            ax.tick_params(labelbottom=True)
+    epoch_axis(axes[0, 0], runs)
     return fig
 
 
+def forcing_panels(top, bottom, r):
+    """One run: ratio and share that was forced, over the loss."""
+    blue, orange, black = STYLES[0][0], STYLES[1][0], "#000000"
+    x, share = by_step(r, "tf_share")
+    draw(top, x, share, color=black, linestyle="none", marker="x" if len(x) < 60 else ".",
+         markersize=4 if len(x) < 60 else 2, markeredgewidth=0.8, alpha=0.7, label="share that was forced")
+    draw_steps(top, r, "tfr", color=blue, linewidth=2.2, label="ratio")
+    top.set_title(label(r.label))
+    share_axis(top)
+    bad = None
+    for quantity, colour, width, name in [("loss", orange, 2.2, "total loss"),
+                                          ("reconstruction", black, 1, "reconstruction")]:
+        if r.steps is not None:
+            draw_steps(bottom, r, quantity, color=colour, linewidth=0.7, alpha=0.5)
+        x, y = by_epoch(r, quantity)
+        found = draw(bottom, x, y, color=colour, linewidth=width, label=name, marker="o",
+                     markersize=2 + 1.5 * width, markevery=max(1, len(x) // 12))
+        bad = found if bad is None else bad
+    note_not_finite(bottom, {r.label: bad - 0.5})
+
+
 def teacher_forcing(runs):
-    columns = 2 if len(runs) == 4 else min(3, len(runs))
-    blocks = math.ceil(len(runs) / columns)
-    fig, axes = plt.subplots(2 * blocks, columns, layout="constrained", figsize=(max(4.6, 2.45 * columns), 4.1 * blocks), squeeze=False,
-                             height_ratios=[1, 1.25] * blocks, sharex=True)
-    losses = [r.history[c] for r in runs for c in ("train_loss", "train_mse")]
-    blue, orange = STYLES[0][0], STYLES[1][0]
-    shared = None
+    """The ratio, the share that was forced and the loss of each run on one x axis."""
+    blocks, columns, width = panels(runs)
+    fig = new_figure(width, 4.1 * blocks, layout="constrained")
+    axes = fig.subplots(2 * blocks, columns, squeeze=False, height_ratios=[1, 1.25] * blocks, sharex=True)
+    shared = axes[1, 0]
     for i in range(blocks * columns):
-        top, bottom = axes[2 * (i // columns), i % columns], axes[2 * (i // columns) + 1, i % columns]
+        row, column = 2 * (i // columns), i % columns
+        top, bottom = axes[row, column], axes[row + 1, column]
         if i >= len(runs):
             top.set_visible(False)
             bottom.set_visible(False)
             continue
-        h = runs[i].history
-        markers = dict(marker="" if len(h["epoch"]) > 20 else "o", markersize=4)
-        draw(top, h["epoch"], h["tfr"], color=blue, linewidth=2.2, label="ratio set", **markers)
-        draw(top, h["epoch"], h["tf_share"], color="#000000", linestyle="none", marker="x", label="share of steps that used it",
-             markersize=3 if len(h["epoch"]) > 20 else 5, markeredgewidth=0.8)
-        top.set_title(label(runs[i].name))
-        top.set_ylim(-0.06, 1.08)
-        bad = draw(bottom, h["epoch"], h["train_loss"], color=orange, linewidth=2.6, label="total loss", **markers | {"markersize": 7})
-        draw(bottom, h["epoch"], h["train_mse"], color="#000000", linestyle=(0, (3, 1.5)), linewidth=1.2, label="MSE", **markers)
-        if shared is None:
-            shared = bottom
-        else:
+        forcing_panels(top, bottom, runs[i])
+        if bottom is not shared:
             bottom.sharey(shared)
-        if i % columns:
-            top.tick_params(labelleft=False)
-            bottom.tick_params(labelleft=False)
-        else:
-            top.set_ylabel("Teacher forcing")
-            bottom.set_ylabel("Training loss")
-        bottom.set_xlabel("Epoch")
+        for ax, name in [(top, "Teacher forcing"), (bottom, "Training loss")]:
+            if column:
+                ax.tick_params(labelleft=False)
+            else:
+                ax.set_ylabel(name)
+        bottom.set_xlabel(EPOCHS)
         bottom.tick_params(labelbottom=True)
-        note_not_finite(bottom, {"epoch": bad})
-    log_where_it_helps(shared, losses)
-    epoch_axis(shared, [r.history for r in runs])
-    handles = [*axes[0, 0].get_legend_handles_labels()[0], *axes[1, 0].get_legend_handles_labels()[0]]
-    fig.legend(handles, [h.get_label() for h in handles], loc="outside upper center", ncols=4 if columns > 2 else 2, handlelength=2.6)
+    log_where_it_helps(shared, finite(runs, "loss", "reconstruction"))
+    epoch_axis(shared, runs)
+    handles = [h for ax in axes[:2, 0] for h in ax.get_legend_handles_labels()[0]]
+    fig.legend(handles, [h.get_label() for h in handles], loc="outside upper center", handlelength=2.6,
+               ncols=4 if columns > 2 else 2)
+    return fig
+
+
+def teacher_forcing_losses(runs):
+    """Ratio, reconstruction and validation PSNR of all runs together."""
+    fig = new_figure(7, 7.2, layout="constrained")
+    axes = fig.subplots(3, 1, sharex=True, height_ratios=[1, 1.5, 1.3])
+    for i, r in enumerate(runs):
+        colour, dashes, _ = STYLES[i % len(STYLES)]
+        draw_steps(axes[0], r, "tfr", color=colour, linestyle=dashes)
+    axes[0].set_title("Teacher forcing ratio")
+    share_axis(axes[0])
+    draw_quantity(axes[1], runs, "reconstruction")
+    log_where_it_helps(axes[1], finite(runs, "reconstruction"))
+    axes[1].set_title(f"Training loss: {reconstruction_title(runs).replace('R', 'r', 1)}")
+    draw_validation(axes[2], runs, "val_psnr_mean")
+    axes[2].set_title("Validation PSNR (free running), mean over the frames")
+    epoch_axis(axes[2], runs)
+    axes[2].set_xlabel(EPOCHS)
+    legend_on_top(fig, axes[1])
     return fig
 
 
 def val_psnr(runs):
-    fig, axes = plt.subplots(2, 1, layout="constrained", figsize=(7, 6), sharex=True)
-    for ax, column, title in [(axes[0], "val_psnr_mean", "Validation PSNR, mean over the frames (best epoch ringed)"),
-                              (axes[1], "val_psnr_last", "Validation PSNR of the last frame")]:
-        bad, drawn = {}, []
-        for i, r in enumerate(runs):
-            x, y = r.history["epoch"], r.history[column]
-            options = style(i, len(y), len(runs))
-            bad[r.name] = draw(ax, x, y, label=label(r.name), **options)
-            drawn.append((r.name, options["color"], x, y))
-            best = summarise(r)["best_epoch"]
-            if column == "val_psnr_mean" and best is not None:
-                ax.plot(best, y[x == best][0], "o", markersize=11, markerfacecolor="none", markeredgecolor=options["color"],
-                        markeredgewidth=1.4)
-        ax.set_title(title)
-        ax.set_ylabel("PSNR (dB)")
-        note_not_finite(ax, bad)
-        cut_low_outliers(ax, drawn, "epoch")
-    epoch_axis(axes[1], [r.history for r in runs])
-    axes[1].set_xlabel("Epoch")
+    """Validation PSNR by epoch: mean over the frames, and last frame."""
+    fig = new_figure(7, 6, layout="constrained")
+    axes = fig.subplots(2, 1, sharex=True)
+    draw_validation(axes[0], runs, "val_psnr_mean")
+    axes[0].set_title("Validation PSNR, mean over the frames (best epoch ringed)")
+    draw_validation(axes[1], runs, "val_psnr_last", ring=False)
+    axes[1].set_title("Validation PSNR of the last frame")
+    epoch_axis(axes[1], runs)
+    axes[1].set_xlabel(EPOCHS)
     legend_on_top(fig, axes[0])
     return fig
 
 
 def psnr_per_frame(runs):
-    fig, ax = plt.subplots(layout="constrained", figsize=(7, 4.2))
+    """PSNR of every frame of the best epoch's validation rollout."""
+    fig = new_figure(7, 4.2, layout="constrained")
+    ax = fig.subplots()
     bad, drawn, window, smoothed = {}, [], 15, False
     for i, r in enumerate(runs):
         if r.psnr is None:
             continue
         x, y = r.psnr["frame"], r.psnr["psnr"]
         options = style(i, len(y), len(runs))
-        name = f"{label(r.name)} (mean {summarise(r)['psnr_mean']:.2f} dB)"
+        name = f"{label(r.label)} (mean {summarise(r)['psnr_mean']:.2f} dB)"
         if len(y) > 60 and np.isfinite(y).all():
-            # 629 noisy points a run cannot be told apart in print: each frame thin, a running mean over it
+            # 629 noisy points a run cannot be told apart in print: a running mean over thin frames
             smoothed = True
             ax.plot(x, y, color=options["color"], linewidth=0.6, alpha=0.45 if len(runs) < 4 else 0.25)
             middle = np.convolve(y, np.ones(window) / window, "valid")
             ax.plot(x[window // 2: window // 2 + len(middle)], middle, label=name, **options)
         else:
-            bad[r.name] = draw(ax, x, y, label=name, **options)
-        drawn.append((r.name, options["color"], x, y))
+            bad[r.label] = draw(ax, x, y, label=name, **options)
+        drawn.append((r.label, options["color"], x, y, 0))
     ax.set_xlabel("Frame")
     ax.set_ylabel("PSNR (dB)")
-    ax.set_title("Validation PSNR per frame" + (f" (thin: each frame; thick: mean over {window} frames)" if smoothed else ""))
+    lines = f" (thin: each frame; thick: mean over {window} frames)" if smoothed else ""
+    ax.set_title("Validation PSNR per frame" + lines)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     ax.margins(x=0.015)
     note_not_finite(ax, bad)
@@ -398,57 +462,73 @@ def psnr_per_frame(runs):
 
 
 def psnr_cells(row):
-    """A run's line in a table of PSNR, from `summarise`: best epoch, mean, median, first, last, lowest and highest frame, as texts."""
+    """A row of `summarise` as the cells of a table, after run and epochs."""
     two = lambda key: "\u2013" if row[key] is None else f"{row[key]:.2f}"
     at = lambda key: "\u2013" if row[key] is None else f"{row[key]:.2f} ({row[key + '_frame']})"
-    return ["\u2013" if row["best_epoch"] is None else str(row["best_epoch"]), two("psnr_mean"), two("psnr_median"),
-            two("psnr_first"), two("psnr_last"), at("psnr_min"), at("psnr_max")]
+    return ["\u2013" if row["best_epoch"] is None else str(row["best_epoch"]), two("psnr_mean"),
+            two("psnr_median"), two("psnr_first"), two("psnr_last"), at("psnr_min"), at("psnr_max")]
 
 
 def psnr_summary(runs):
+    """The table of the PSNRs, as a figure."""
     rows = [summarise(r) for r in runs]
-    titles = ["Run", "Epochs", "Best\nepoch", "Mean", "Median", "First\nframe", "Last\nframe", "Lowest (frame)", "Highest (frame)"]
-
+    titles = ["Run", "Epochs", "Best\nepoch", "Mean", "Median", "First\nframe", "Last\nframe",
+              "Lowest (frame)", "Highest (frame)"]
     cells = [[label(row["run"]), str(row["epochs"]), *psnr_cells(row)] for row in rows]
     widths = [max(10, max(len(c[0]) for c in cells) + 1), 7, 6, 8, 8, 8, 8, 15, 15]
     right = np.cumsum(widths) / sum(widths)
     height = 0.27 * len(rows) + 1.0
-    fig = plt.figure(figsize=(0.088 * sum(widths), height))
+    fig = new_figure(0.088 * sum(widths), height)
     ax = fig.add_axes((0.02, 0, 0.96, 1))
     ax.set_axis_off()
     ax.set(xlim=(0, 1), ylim=(0, height))
-    ax.text(0, height - 0.13, "PSNR (dB) of the best epoch's validation rollout", weight="bold", va="center", fontsize=9)
+    ax.text(0, height - 0.13, "PSNR (dB) of the best epoch's validation rollout", weight="bold",
+            va="center", fontsize=9)
     means = [row["psnr_mean"] for row in rows if row["psnr_mean"] is not None]
     for line, row in enumerate([titles, *cells]):
         y = height - 0.52 if line == 0 else height - 0.72 - 0.27 * line + 0.01
         best = line > 0 and len(means) > 1 and rows[line - 1]["psnr_mean"] == max(means)
         for column, value in enumerate(row):
-            ax.text(0 if column == 0 else right[column], y, value, ha="left" if column == 0 else "right",
-                    va="center_baseline" if line == 0 else "baseline", fontsize=8.5, linespacing=0.95,
+            ax.text(0 if column == 0 else right[column], y, value, fontsize=8.5, linespacing=0.95,
+                    ha="left" if column == 0 else "right",
+                    va="center_baseline" if line == 0 else "baseline",
                     weight="bold" if line == 0 or best else "normal")
     for y, width in [(height - 0.28, 1.2), (height - 0.74, 0.7), (0.12, 1.2)]:
         ax.axhline(y, color="black", linewidth=width)
     return fig
 
 
-def make_figures(runs):
-    """Draw everything that has data. Return {name: figure} and the lines that say what was left out, and why."""
-    figures, left_out = {}, []
-    without = [r.name for r in runs if r.psnr is None]
+FIGURES = (loss_curves, loss_parts, beta_schedules, teacher_forcing, teacher_forcing_losses, val_psnr,
+           psnr_per_frame, psnr_summary)
+
+
+def why_not(name, runs):
+    """The reason why a figure can't be drawn; None where it can be."""
     measured = any(summarise(r)["psnr_mean"] is not None for r in runs)
     validated = any(np.isfinite(r.history["val_psnr_mean"]).any() for r in runs)
-    if without and measured:
-        left_out.append(f"psnr_per_frame: without {', '.join(without)}, which has no psnr_per_frame.csv")
-    for draw_figure in (loss_curves, beta_schedules, teacher_forcing, val_psnr, psnr_per_frame, psnr_summary):
-        name = draw_figure.__name__
-        if name == "val_psnr" and not validated:
-            left_out.append("val_psnr: left out, no run has a validation PSNR in its history.csv")
-        elif name.startswith("psnr") and not measured:
-            left_out.append(f"{name}: left out, no run has a PSNR per frame (psnr_per_frame.csv)")
-        else:
-            usable = [r for r in runs if r.psnr is None or summarise(r)["psnr_mean"] is not None] if name == "psnr_per_frame" else runs
-            figures[name] = draw_figure(usable)
-    return figures, left_out
+    if name == "val_psnr" and not validated:
+        return "left out, no run has a validation PSNR in its history.csv"
+    if name in ("psnr_per_frame", "psnr_summary") and not measured:
+        return "left out, no run has a PSNR per frame (psnr_per_frame.csv)"
+    if name == "teacher_forcing_losses" and len(runs) == 1:
+        return ""  # teacher_forcing shows all of it
+    return None
+
+
+def make_figure(function, runs):
+    """(figure or None, a line about what was left out or None)."""
+    name = function.__name__
+    reason = why_not(name, runs)
+    if reason is not None:
+        return None, f"{name}: {reason}" if reason else None
+    line = None
+    with matplotlib.rc_context(SETTINGS):
+        if name == "psnr_per_frame":
+            without = [r.label for r in runs if summarise(r)["psnr_mean"] is None]
+            if without:
+                line = f"{name}: without {', '.join(without)}, which has no PSNR per frame"
+            runs = [r for r in runs if r.label not in without]
+        return function(runs), line
 
 
 # ---------------------------------------------------------------- writing
@@ -460,13 +540,16 @@ def write(path, content):
 
 
 def render(figure, kind):
-    """The bytes of a figure as 'png' or 'pdf'; the PDF carries no date, so equal runs give equal files."""
+    """The bytes of a figure as 'png' or 'pdf'; without a date, so that equal runs give equal files."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=180, metadata={"CreationDate": None} if kind == "pdf" else None)
+    dateless = {"CreationDate": None} if kind == "pdf" else None
+    with matplotlib.rc_context(SETTINGS):
+        figure.savefig(buffer, format=kind, dpi=180, metadata=dateless)
     return buffer.getvalue()
 
 
 def summary_csv(runs):
+    """The text of psnr_summary.csv."""
     buffer = io.StringIO()
     rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in summarise(r).items()} for r in runs]
     writer = csv.DictWriter(buffer, rows[0], lineterminator="\n")
@@ -475,16 +558,25 @@ def summary_csv(runs):
     return buffer.getvalue()
 
 
-def write_figures(runs, out):
-    """Draw and write all figures. Return {name: PNG bytes} and the lines about what was left out."""
-    figures, left_out = make_figures(runs)
-    pictures = {}
-    for name, figure in figures.items():
-        pictures[name] = render(figure, "png")
-        write(out / f"{name}.png", pictures[name])
-        write(out / f"{name}.pdf", render(figure, "pdf"))
-        plt.close(figure)
-    write(out / "psnr_summary.csv", summary_csv(runs))
+def write_figure(figure, name, out):
+    """Write a figure as PNG and PDF. Return the PNG's bytes."""
+    picture = render(figure, "png")
+    write(out / f"{name}.png", picture)
+    write(out / f"{name}.pdf", render(figure, "pdf"))
+    return picture
+
+
+def write_figures(runs, out, functions=FIGURES):
+    """Draw and write figures. Return {name: PNG bytes} and {name: what was left out}."""
+    pictures, left_out = {}, {}
+    for function in functions:
+        figure, line = make_figure(function, runs)
+        if line:
+            left_out[function.__name__] = line
+        if figure:
+            pictures[function.__name__] = write_figure(figure, function.__name__, out)
+    if psnr_summary in functions:
+        write(out / "psnr_summary.csv", summary_csv(runs))
     return pictures, left_out
 
 
@@ -499,7 +591,7 @@ def main():
     args = build_parser().parse_args()
     runs = load_runs(args.runs)
     pictures, left_out = write_figures(runs, make_folder(args.out, "-o"))
-    for line in left_out:
+    for line in left_out.values():
         print(line)
     print(f"{len(pictures)} figures in {args.out}: {', '.join(pictures)}")
 

@@ -1,251 +1,175 @@
-"""The page that make_report.py fills: one HTML file with its style and script, nothing else to load.
+"""Write a report's blocks as HTML: one file with its style, script, figures and frames, nothing else to load.
 
-Not a program: `PAGE` has {{TITLE}}, {{BODY}} and {{DATA}}. The script draws the player from DATA: `sheets` (data URIs of all
-frames of a kind, one behind the other), `runs` (each with its three sheets, its colour and its PSNR by frame) and `tick`.
+Not a program; make_report.py uses it. report_page.html is the page, with {{PLACES}} to fill. The script
+there draws the player from {{DATA}}: `sheets` (data URIs of all frames of a kind, one behind the other),
+`runs` (each with its three sheets, its colour and its PSNR by frame), `tick` and `scale`.
 """
 
-PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{{TITLE}}</title>
-<style>
-:root { --ink: #1a1a1a; --soft: #5a5a5a; --line: #d9d9d9; --wash: #f6f7f8; --accent: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0; background: white; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans CJK TC", sans-serif; }
-main { max-width: 980px; margin: 0 auto; padding: 2.5rem 1.5rem 5rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
-h2 { font-size: 1.4rem; margin: 3rem 0 .6rem; padding-bottom: .3rem; border-bottom: 2px solid var(--ink); }
-h3 { font-size: 1.08rem; margin: 2.2rem 0 .5rem; }
-p { margin: .6rem 0; max-width: 46rem; }
-.small, figcaption { font-size: .87rem; color: var(--soft); }
-code, pre { font: .87em/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-code { white-space: nowrap; }
-pre { background: var(--wash); border: 1px solid var(--line); border-radius: 4px; padding: .8rem 1rem; overflow-x: auto; font-size: .8rem; }
-details { margin: .35rem 0; }
-summary { cursor: pointer; font-size: .93rem; }
-figure { margin: 1.4rem 0; }
-figure img { display: block; max-width: 100%; height: auto; }
-figcaption { margin-top: .4rem; max-width: 46rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .89rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .65rem; text-align: right; vertical-align: bottom; border-bottom: 1px solid var(--line); }
-th { border-bottom: 2px solid var(--ink); font-weight: 600; line-height: 1.25; }
-td { white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-.pairs { columns: 3 15rem; column-gap: 2rem; font-size: .86rem; margin: 1rem 0; }
-.pairs div { display: flex; justify-content: space-between; gap: .8rem; border-bottom: 1px solid var(--line); break-inside: avoid; padding: .08rem 0; }
-.pairs span:last-child { text-align: right; overflow-wrap: anywhere; }
-.analysis { margin: 1.2rem 0; padding: .8rem 1rem; min-height: 6rem; border: 1px dashed #8a8a8a; border-left: 4px solid var(--accent); border-radius: 4px; white-space: pre-wrap; }
-.analysis:focus { outline: 2px solid var(--accent); outline-offset: 1px; }
-.analysis:empty::before { content: attr(data-placeholder); color: #767676; }
-#bar { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin: 1rem 0 0; }
-button { font: inherit; font-size: .93rem; padding: .3rem .9rem; border: 1px solid #8a8a8a; border-radius: 4px; background: white; color: var(--ink); cursor: pointer; }
-button:hover { background: var(--wash); }
-#player { margin: 1.6rem 0; padding: 1rem; border: 1px solid var(--line); border-radius: 6px; background: var(--wash); }
-#player .runs { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin-bottom: .8rem; font-size: .93rem; }
-#player .runs label { cursor: pointer; white-space: nowrap; }
-#player .runs label:has(input:checked) { font-weight: 600; }
-#player .swatch { display: inline-block; width: 1.1em; height: .32em; margin: 0 .4em .22em .2em; vertical-align: baseline; }
-#player .runs output { display: inline-block; min-width: 5em; font-variant-numeric: tabular-nums; color: var(--soft); padding-left: .5em; }
-#player .pictures { display: grid; grid-template-columns: repeat(3, 1fr); gap: .7rem; }
-#player .pictures div { font-size: .87rem; color: var(--soft); }
-#player canvas { display: block; width: 100%; image-rendering: pixelated; background: #ddd; }
-#player .controls { display: flex; gap: .8rem; align-items: center; margin: .9rem 0 .4rem; }
-#player .controls button { min-width: 5em; }
-#player input[type=range] { flex: 1; min-width: 6rem; accent-color: var(--ink); }
-#player .where { min-width: 13em; text-align: right; font-variant-numeric: tabular-nums; font-size: .93rem; }
-#player svg { display: block; width: 100%; height: auto; background: white; border: 1px solid var(--line); cursor: crosshair; touch-action: none; }
-#player svg text { font-size: 12px; fill: var(--soft); }
-@media print {
-  body { font-size: 10.5pt; }
-  main { max-width: none; padding: 0; }
-  #bar, #note, #player .controls button, #player input, #player .hint { display: none !important; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  #player { background: white; }
-  h2, h3 { break-after: avoid; break-inside: avoid; }
-  figure, tr, #player, .pairs div { break-inside: avoid; }
-  figure img { width: auto; max-height: 19cm; margin: 0 auto; }
-  .scroll { overflow: visible; }
-  table { font-size: .8em; }
-  th, td { padding: .2rem .4rem; }
-  pre { white-space: pre-wrap; }
-  .analysis { border: none; padding: 0; min-height: 0; }
-  .analysis:empty { display: none; }
-}
-</style>
-</head>
-<body>
-<main>
-<h1>{{TITLE}}</h1>
-<p class="small" id="note">Numbers and figures come from the runs' own files. The framed areas are yours: click and write. What you write is printed;
-to keep it in this file, use &ldquo;Save a copy&rdquo;.</p>
-<div id="bar"><button id="save" type="button">Save a copy</button><button id="print" type="button">Print</button></div>
-{{BODY}}
-</main>
-<script type="application/json" id="data">{{DATA}}</script>
-<script>
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
+import base64
+import html
+import io
+import json
+import mimetypes
+import re
+from pathlib import Path
 
-// ---------------------------------------------------------------- the writer's text
-let unsaved = false;
-for (const area of document.querySelectorAll(".analysis")) {
-  area.addEventListener("input", () => {
-    if (area.textContent.trim() === "") area.replaceChildren();  // a lone <br> would hide the placeholder
-    document.documentElement.dataset.edited = "1";               // make_report.py does not replace a file that says so
-    unsaved = true;
-  });
-  area.addEventListener("paste", event => {                      // words only: no fonts or links of another page
-    event.preventDefault();
-    document.execCommand("insertText", false, event.clipboardData.getData("text/plain"));
-  });
-}
-addEventListener("beforeunload", event => { if (unsaved) event.preventDefault(); });
-document.getElementById("print").onclick = () => print();
-document.getElementById("save").onclick = () => {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob(["<!DOCTYPE html>\n" + document.documentElement.outerHTML], { type: "text/html" }));
-  link.download = "report.html";
-  link.click();
-  unsaved = false;
-};
+from PIL import Image
 
-// ---------------------------------------------------------------- the player
-const player = document.getElementById("player");
-if (player) start();
+PAGE = Path(__file__).with_suffix(".html")
+PLACE = re.compile(r"\{\{([A-Z]+)\}\}")
+FORMULA = re.compile(r"\$\$.+?\$\$|\$[^\s$](?:[^$\n]*[^\s$])?\$", re.S)
 
-function make(name, attributes = {}, ...children) {
-  const svg = ["svg", "line", "path", "circle", "text", "g"].includes(name);
-  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", name) : document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  node.append(...children);
-  return node;
-}
 
-async function start() {
-  const sheets = await Promise.all(data.sheets.map(async source => {
-    const image = new Image();
-    image.src = source;
-    await image.decode();
-    return image;
-  }));
-  const first = Math.min(...data.runs.map(r => r.first));
-  const last = Math.max(...data.runs.map(r => r.first + r.ticks - 1));
-  let frame = Math.max(1, first), shown = 0, timer = null;
+def inline(text):
+    """Escaped text with `code` marked up."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
 
-  // choice of run, which is the legend of the plot too
-  const readouts = data.runs.map(() => make("output"));
-  const runs = make("div", { class: "runs", role: "radiogroup", "aria-label": "Run shown" }, ...data.runs.map((r, i) => {
-    const radio = make("input", { type: "radio", name: "run", value: i });
-    radio.checked = i === 0;
-    radio.onchange = () => { shown = i; draw(); };
-    return make("label", {}, radio, make("span", { class: "swatch", style: "background:" + r.colour }), r.name, readouts[i]);
-  }));
 
-  const canvases = ["Pose", "Prediction", "Ground truth"].map(name => make("canvas", { "aria-label": name }));
-  const pictures = make("div", { class: "pictures" },
-    ...canvases.map((canvas, i) => make("div", {}, canvas, ["Pose", "Prediction", "Ground truth"][i])));
+# ---------------------------------------------------------------- the writer's Markdown
 
-  const play = make("button", { type: "button", id: "play" }, "Play");
-  const slider = make("input", { type: "range", id: "frame", min: first, max: last, step: 1, "aria-label": "Frame" });
-  const where = make("span", { class: "where", id: "where" });
+def formula(state, silent):
+    """A rule for markdown-it: $...$ and $$...$$ stay the text they are, their * and _ mark nothing up."""
+    match = FORMULA.match(state.src, state.pos)
+    if not match:
+        return False
+    if not silent:
+        state.push("formula", "", 0).content = match[0]
+    state.pos = match.end()
+    return True
 
-  // the plot: PSNR by frame of every run, the one shown drawn over the others
-  const W = 960, H = 240, left = 46, right = 12, top = 24, bottom = 34;
-  const values = data.runs.flatMap(r => r.psnr ? Object.values(r.psnr) : []);
-  const low = Math.floor(Math.min(...values) - 0.5), high = Math.ceil(Math.max(...values) + 0.5);
-  const x = f => left + (W - left - right) * (last === first ? 0.5 : (f - first) / (last - first));
-  const y = p => top + (H - top - bottom) * (1 - (p - low) / (high - low));
-  const step = (range, count) => {
-    const rough = range / count, unit = 10 ** Math.floor(Math.log10(rough));
-    return unit * [1, 2, 5, 10].find(m => m * unit >= rough);
-  };
-  const plot = make("svg", { id: "plot", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "PSNR per frame" });
-  const cursor = make("line", { id: "cursor", y1: top, y2: H - bottom, stroke: "#1a1a1a", "stroke-width": 1.5 });
-  const dots = data.runs.map(r => make("circle", { r: 4, fill: r.colour, stroke: "white" }));
-  const curves = data.runs.map(r => {
-    let path = "", pen = "M";
-    for (let f = first; f <= last; f++) {
-      if (r.psnr && f in r.psnr) { path += `${pen}${x(f).toFixed(1)} ${y(r.psnr[f]).toFixed(1)}`; pen = "L"; } else pen = "M";
-    }
-    return make("path", { d: path, fill: "none", stroke: r.colour, "stroke-linejoin": "round" });
-  });
-  if (values.length) {
-    for (let p = Math.ceil(low / step(high - low, 5)) * step(high - low, 5); p <= high; p += step(high - low, 5)) {
-      plot.append(make("line", { x1: left, x2: W - right, y1: y(p), y2: y(p), stroke: "#e4e4e4" }),
-        make("text", { x: left - 7, y: y(p) + 4, "text-anchor": "end" }, String(+p.toFixed(2))));
-    }
-    const hop = Math.max(1, step(Math.max(1, last - first), 8));
-    for (let f = Math.ceil(first / hop) * hop; f <= last; f += hop) {
-      plot.append(make("line", { x1: x(f), x2: x(f), y1: H - bottom, y2: H - bottom + 4, stroke: "#5a5a5a" }),
-        make("text", { x: x(f), y: H - bottom + 17, "text-anchor": "middle" }, String(f)));
-    }
-    plot.append(make("text", { x: 8, y: 14 }, "PSNR (dB)"), make("text", { x: W - right, y: H - 4, "text-anchor": "end" }, "frame"),
-      ...curves, cursor, ...dots);
-  }
 
-  function draw() {
-    const r = data.runs[shown], t = frame - r.first;
-    canvases.forEach((canvas, i) => {
-      if (canvas.width !== r.width || canvas.height !== r.height) { canvas.width = r.width; canvas.height = r.height; }
-      const context = canvas.getContext("2d");
-      context.clearRect(0, 0, r.width, r.height);
-      if (t < 0 || t >= r.ticks) return;
-      context.drawImage(sheets[r.sheets[i]], t % r.columns * r.width, Math.floor(t / r.columns) * r.height, r.width, r.height,
-        0, 0, r.width, r.height);
-    });
-    pictures.dataset.frame = frame;
-    slider.value = frame;
-    where.textContent = `frame ${frame} of ${last}, ${(frame * data.tick / 1000).toFixed(2)} s`;
-    cursor.setAttribute("x1", x(frame));
-    cursor.setAttribute("x2", x(frame));
-    data.runs.forEach((run, i) => {
-      const p = run.psnr && run.psnr[frame];
-      readouts[i].textContent = p === undefined || p === null ? "\u2013" : p.toFixed(2) + " dB";
-      dots[i].style.display = p === undefined || p === null ? "none" : "";
-      if (p !== undefined && p !== null) { dots[i].setAttribute("cx", x(frame)); dots[i].setAttribute("cy", y(p)); }
-      curves[i].setAttribute("stroke-width", i === shown ? 1.8 : 1);
-      curves[i].setAttribute("opacity", i === shown ? 1 : 0.4);
-    });
-    if (values.length) plot.append(curves[shown], cursor, ...dots);  // the last one drawn lies on top
-  }
+def embed(folder, source):
+    """An image file beside the report as a data URI; None where it isn't one."""
+    try:
+        path = (folder / source).resolve()
+        kind = mimetypes.guess_type(path.name)[0] or ""
+        inside = path.is_relative_to(folder.resolve()) and kind.startswith("image/")
+        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}" if inside else None
+    except (OSError, ValueError):
+        return None
 
-  function go(to) { frame = Math.min(last, Math.max(first, Math.round(to))); draw(); }
-  function stop() { clearInterval(timer); timer = null; play.textContent = "Play"; }
-  function toggle() {
-    if (timer) return stop();
-    timer = setInterval(() => go(frame === last ? first : frame + 1), data.tick);
-    play.textContent = "Pause";
-  }
 
-  play.onclick = toggle;
-  slider.oninput = () => { stop(); go(+slider.value); };
-  const seek = event => {
-    const box = plot.getBoundingClientRect();
-    stop();
-    go(first + ((event.clientX - box.left) / box.width * W - left) / (W - left - right) * (last - first));
-  };
-  plot.onpointerdown = event => { plot.setPointerCapture(event.pointerId); seek(event); };
-  plot.onpointermove = event => { if (event.buttons) seek(event); };
-  document.addEventListener("keydown", event => {
-    const keys = { ArrowLeft: -1, ArrowRight: 1 };
-    // the slider moves by itself, a text area and the choice of run need their arrows
-    if (!(event.key in keys) || event.altKey || event.ctrlKey || event.metaKey || event.target.closest("input, .analysis")) return;
-    event.preventDefault();
-    stop();
-    go(frame + keys[event.key] * (event.shiftKey ? 10 : 1));
-  });
+def markdown_renderer(folder):
+    """A function from Markdown to HTML; None where markdown-it-py is not installed."""
+    try:
+        from markdown_it import MarkdownIt  # optional: requirements-dev.txt
+    except ImportError:
+        return None
+    parser = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
+    parser.inline.ruler.before("escape", "formula", formula)
 
-  player.replaceChildren(runs, pictures, make("div", { class: "controls" }, play, slider, where));
-  if (values.length) player.append(plot);
-  player.append(make("p", { class: "small hint" }, "Slider, plot and arrow keys (with Shift: ten frames) move pictures and cursor together."));
-  draw();
-  player.dataset.ready = "1";
-}
-</script>
-</body>
-</html>
-"""
+    def show_formula(renderer, tokens, index, options, env):
+        return f'<span class="formula">{html.escape(tokens[index].content)}</span>'
+
+    def show_image(renderer, tokens, index, options, env):
+        token = tokens[index]
+        name = token.attrGet("src") or ""
+        data = embed(folder, name)
+        said = html.escape(token.content)
+        if data is None:
+            return f"<em>[{said or 'image'}: no image {html.escape(name)} beside report.md]</em>"
+        return f'<img src="{data}" alt="{said}">'
+
+    parser.add_render_rule("formula", show_formula)
+    parser.add_render_rule("image", show_image)
+    return parser.render
+
+
+def written(text, render):
+    """The writer's text as HTML, and the class of its place: plain text where there is no renderer."""
+    if not text or render is None:
+        return html.escape(text), "analysis"
+    rendered = render(text).strip()
+    return label_columns(rendered), "analysis written"
+
+
+def label_columns(text):
+    """Give the cells of tables the names of their columns, which narrow screens show beside them."""
+    def one(match):
+        heads = [re.sub("<[^>]+>", "", h) for h in re.findall(r"<th[^>]*>(.*?)</th>", match[0], re.S)]
+        row = lambda m: number_cells(m[0], heads)
+        return re.sub(r"<tr>.*?</tr>", row, match[0], flags=re.S)
+
+    return re.sub(r"<table>.*?</table>", one, text, flags=re.S)
+
+
+def number_cells(row, heads):
+    """A table row whose cells know their columns."""
+    names = iter(heads)
+    return re.sub(r"<td", lambda _: f'<td data-column="{next(names, "")}"', row)
+
+
+# ---------------------------------------------------------------- blocks
+
+def html_table(rows):
+    """A table with a header row."""
+    head = "".join(f"<th>{inline(cell)}</th>" for cell in rows[0])
+    names = [html.escape(cell.replace("`", "")) for cell in rows[0]]
+    body = "".join("<tr>" + "".join(f'<td data-column="{name}">{inline(cell)}</td>' for name, cell in zip(names, row))
+                   + "</tr>" for row in rows[1:])
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def html_pairs(rows):
+    """A long list of pairs, set in columns."""
+    pairs = "".join(f"<div><span>{inline(a)}</span><span>{inline(b)}</span></div>" for a, b in rows[1:])
+    return f'<div class="pairs">{pairs}</div>'
+
+
+def html_figure(picture, caption):
+    """A figure from the bytes of a PNG; its letters are about as large as the page's."""
+    width = round(Image.open(io.BytesIO(picture)).width * 0.72)
+    data = base64.b64encode(picture).decode()
+    return (f'<figure><img src="data:image/png;base64,{data}" width="{width}" alt="{html.escape(caption)}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+
+
+def html_code(found):
+    """Functions, each under its file and line."""
+    return "".join(f'<p class="place"><code>{f.name}</code> in {f.file}, line {f.line}</p>'
+                   f"<pre>{html.escape(f.text)}</pre>" for f in found)
+
+
+def html_analysis(key, prompt, text, render):
+    """A place for the writer's text, with what is in it so far."""
+    inside, kind = written(text, render)
+    return (f'<div class="{kind}" contenteditable="true" role="textbox" aria-multiline="true" data-key="{key}" '
+            f'data-placeholder="Your text ({key}): {html.escape(prompt)}">{inside}</div>')
+
+
+def write_body(blocks, analysis, figures, render):
+    """The blocks as HTML."""
+    out = []
+    for kind, content in blocks:
+        if kind == "h2":
+            out.append(f"<h2>{html.escape(content)}</h2>")
+        elif kind == "h2 same":  # on the page that is begun
+            out.append(f'<h2 class="same">{html.escape(content)}</h2>')
+        elif kind == "h3":
+            out.append(f"<h3>{html.escape(content)}</h3>")
+        elif kind in ("p", "missing"):
+            out.append(f"<p>{inline(content)}</p>")
+        elif kind == "table":
+            out.append(html_table(content))
+        elif kind == "pairs":
+            out.append(html_pairs(content))
+        elif kind == "figure":
+            out.append(html_figure(figures[content[0]], content[1]))
+        elif kind == "code":
+            out.append(html_code(content))
+        elif kind == "player":
+            out.append('<section id="player"></section>')
+            out.append(f'<p class="small screen">{html.escape(content)}</p>' if content else "")
+        elif kind == "analysis":
+            out.append(html_analysis(*content, analysis.get(content[0], ""), render))
+    return "\n".join(out)
+
+
+def write_page(blocks, title, who, name, analysis, figures, data, render):
+    """The whole page as text. name: the document's, under which a browser saves its PDF."""
+    parts = {"TITLE": html.escape(title), "NAME": html.escape(name),
+             "WHO": f'<p class="who">{html.escape(who)}</p>' if who else "",
+             "BODY": write_body(blocks, analysis, figures, render),
+             # "<" is escaped so that no name can end the script element
+             "DATA": json.dumps(data).replace("<", "\\u003c")}
+    return PLACE.sub(lambda match: parts[match[1]], PAGE.read_text(encoding="utf-8"))

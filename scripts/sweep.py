@@ -142,10 +142,10 @@ def tell_epoch(name, row, num_epoch):
 
 
 def start(name, words, out, jobs):
-    """Start one Trainer.py in a session of its own, so that Ctrl-C reaches it through us alone, and once."""
+    """Start one command, a script of the root and its words, in a session of its own: Ctrl-C reaches it through us, once."""
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "Trainer.py"), *words]
+    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if jobs > 1:  # runs that each take every core get in each other's way
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
@@ -213,6 +213,14 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
     return failed
 
 
+def tell_failed(failed, out):
+    """Print a line for each run that failed; failed: {name: exit status}. Returns the exit status."""
+    for name, status in failed.items():
+        log = out / name / "train.log"
+        print(f"{name} failed with status {status}: {last_line(log)} (all of it: {log})", file=sys.stderr)
+    return 2 if set(failed.values()) == {2} else 1
+
+
 def write_report(folders, out):
     """Figures and page of all runs that have a history. Returns the exit status."""
     if not folders:
@@ -232,7 +240,7 @@ def main():
         with locked(out, "OUT", "sweep"):
             record = Record(out, kind, data, flags)
             common = [word for words in flags.values() for word in words]
-            runs = {name: ["--DR", str(data), "--save_root", str(out / name), "--resume", *words, *common]
+            runs = {name: ["Trainer.py", "--DR", str(data), "--save_root", str(out / name), "--resume", *words, *common]
                     for name, words in turned.items()}
             stop = Stop()
             failed = train_all(runs, out, jobs, num_epoch, record, stop)
@@ -242,12 +250,7 @@ def main():
             reported = write_report([out / name for name in runs if (out / name / "history.csv").is_file()], out)
     except OSError as error:
         raise UserError(f"OUT {out}: {error.strerror or error}") from None
-    for name, status in failed.items():
-        log = out / name / "train.log"
-        print(f"{name} failed with status {status}: {last_line(log)} (all of it: {log})", file=sys.stderr)
-    if failed:
-        return 2 if set(failed.values()) == {2} else 1
-    return reported
+    return tell_failed(failed, out) if failed else reported
 
 
 if __name__ == "__main__":

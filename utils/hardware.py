@@ -3,15 +3,20 @@
 import ctypes
 import math
 import os
+import re
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from utils.cli import UserError
 
-
+# PyTorch's own error is torch.OutOfMemoryError; others are found by the words of a CPU, cuDNN or cuBLAS, and the driver
+OUT_OF_MEMORY = "can't allocate memory|ALLOC(ATION)?_FAILED|CUDA error: out of memory"
+CPU_PIXELS = 8 * 32 * 64  # what a CPU computes at a time; more gains little (docs/PERFORMANCE.md)
 OLDEST_TORCH = (2, 6)  # as requirements.txt and scripts/setup.sh have it
 
 
@@ -107,6 +112,15 @@ def has_bf16(device):
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def keep_precision(model, saved):
+    """Keep the precision that a resumed run had found by --precision auto: a timing must not change its rest."""
+    found, device = saved["precision"], model.device
+    same_kind = saved["device"] == device.type and (found != "bf16" or has_bf16(device))
+    if model.args.precision == "auto" and model.precision != found and same_kind:
+        model.picked_precision = found, f"{found} as before the stop"
+        model.__dict__.pop("scaler", None)  # made anew on first use
+
+
 def cpu_description():
     """Return what the system says of its CPUs; empty where it has no /proc/cpuinfo."""
     try:
@@ -126,3 +140,51 @@ def convolution_speed(dtype, device):
         F.conv2d(images, weights, padding=1)[0, 0, 0, 0].item()  # waits for a GPU
         best = min(best, time.perf_counter() - began)
     return 1 / best
+
+
+# ---------------------------------------------------------------- tensors and memory
+
+def channels_last(x):
+    """Return (B, C, H, W) in the memory layout that convolutions are fastest in."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def join(parts):
+    """Return torch.cat of the parts, without a copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def in_pieces(function, *inputs, size=None):
+    """Apply a function that treats every sample alone to (N, ...) tensors, `size` samples at a time.
+
+    size None: what suits the device.
+    """
+    count, _, height, width = inputs[0].shape
+    if size is None:
+        size = max(1, CPU_PIXELS // (height * width)) if inputs[0].device.type == "cpu" else count
+    pieces = [function(*at) for at in zip(*(x.split(size) for x in inputs))]
+    return join(pieces) if torch.is_tensor(pieces[0]) else tuple(map(join, zip(*pieces)))
+
+
+@contextmanager
+def enough_memory(flag, instead):
+    """Inside, a device without room is a UserError that names the flag, with its value, and what was expected."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        raise UserError(f"{flag}: needs more memory than the device has free; expected {instead}") from None
+
+
+class Float32Conv2d(nn.Conv2d):
+    """A convolution that stays in float32 under autocast (on CUDA in TF32, as all of float32 there).
+
+    The first of the pose encoder and the last of the generator are small, and in bf16 a rollout loses up to 0.6 dB by
+    them: BatchNorm's recalibrated statistics are those of float32, and rounded frames are fed back.
+    """
+
+    def forward(self, x):
+        """Convolve (B, C, H, W) in float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())

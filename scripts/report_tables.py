@@ -1,0 +1,221 @@
+"""The settings and numbers of runs as tables of a report: lists of rows of strings, a header row first.
+
+Not a program; make_report.py uses it. Settings are what was asked for; everything else is what was recorded.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from plot_runs import psnr_cells
+from run_folders import HIGHEST_PSNR, by_step, objective, summarise
+from utils.cli import UserError
+from utils.options import OF_THE_MACHINE, build_parser
+
+SILENT = {"save_root", "resume", "given", "test"}  # flags that say nothing about the training
+TEMPLATE = {action.dest: action.default for action in build_parser("", "")._actions}
+DASH = "\u2013"
+COINCIDE = 0.02  # mean difference between two curves in [0, 1] below which they are the same
+
+
+# ---------------------------------------------------------------- settings
+
+def read_settings(path):
+    """The flags a run was trained with, from its checkpoint: a dict, or None where no checkpoint has them."""
+    for name in ("last.ckpt", "best.ckpt"):
+        if (path / name).is_file():
+            try:
+                import torch  # only here: the rest of the report needs no torch, and starts faster without
+                args = torch.load(path / name, map_location="cpu", weights_only=True, mmap=True).get("args")
+            except ImportError:
+                return None
+            except Exception as error:  # a damaged archive fails in many ways
+                raise UserError(f"{path / name}: is not a whole checkpoint ({type(error).__name__})") from None
+            if isinstance(args, dict):
+                plain = (str, int, float, bool, type(None))
+                values = {k: v for k, v in args.items() if k not in SILENT and isinstance(v, plain)}
+                for key in ("DR", "ckpt_path", "cache_dir"):  # a report is handed on: folder names only
+                    if values.get(key):
+                        values[key] = Path(values[key]).name
+                return values
+    return None
+
+
+def with_settings(runs):
+    """The runs whose settings are known."""
+    return [r for r in runs if r.settings is not None]
+
+
+def fmt_setting(value):
+    """A flag's value as people write it."""
+    words = {True: "yes", False: "no", None: "not set"}
+    return words[value] if isinstance(value, (bool, type(None))) else str(value)
+
+
+def same_values(values):
+    """Whether all are equal, and of one type: True is not 1."""
+    return all(v == values[0] and isinstance(v, bool) == isinstance(values[0], bool) for v in values)
+
+
+def settings_tables(runs):
+    """(rows of what differs between the runs, rows of what is equal), for the full list at the end."""
+    known = with_settings(runs)
+    differs, equal = [["Flag", *(r.label for r in known)]], [["Flag", "Value"]]
+    for flag in sorted({flag for r in known for flag in r.settings}):
+        values = [r.settings.get(flag, "not recorded") for r in known]
+        if same_values(values):
+            equal.append([f"`--{flag}`", fmt_setting(values[0])])
+        else:
+            differs.append([f"`--{flag}`", *map(fmt_setting, values)])
+    return differs, equal
+
+
+def against_template(runs, flags=None):
+    """(a sentence about what all runs set otherwise than the template, rows of what differs between them).
+
+    flags: only these; None: all that say what is trained. Both are None where there is nothing to say.
+    """
+    known = with_settings(runs)
+    rows, common = [["Flag", "Template", *(r.label for r in known)]], []
+    wanted = flags or sorted({f for r in known for f in r.settings} - OF_THE_MACHINE - {"DR", "seed"})
+    for flag in wanted:
+        values = [r.settings.get(flag, "not recorded") for r in known]
+        if not known or flag not in TEMPLATE:
+            continue
+        if not same_values(values):
+            rows.append([f"`--{flag}`", fmt_setting(TEMPLATE[flag]), *map(fmt_setting, values)])
+        elif not same_values([values[0], TEMPLATE[flag]]):
+            common.append(f"`--{flag} {fmt_setting(values[0])}` ({fmt_setting(TEMPLATE[flag])})")
+    sentence = None
+    if common:
+        who = "all of these runs" if len(known) > 1 else known[0].label
+        sentence = f"Set otherwise than in the template, whose value is in brackets, in {who}: {', '.join(common)}."
+    return sentence, rows if len(rows) > 1 else None
+
+
+# ---------------------------------------------------------------- numbers
+
+def fmt(value, digits=4):
+    """A number as people write it; an en dash where there is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return DASH
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, float) and math.isinf(value):
+        return "not finite"
+    return f"{value:.{digits}g}"
+
+
+def fmt_time(seconds):
+    minutes = np.nansum(seconds) / 60
+    return f"{minutes:.1f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def best_psnr(run):
+    """The best validation PSNR as text."""
+    h, best = run.history, summarise(run)["best_epoch"]
+    return DASH if best is None else f"{min(HIGHEST_PSNR, h['val_psnr_mean'][h['epoch'] == best][0]):.2f}"
+
+
+def runs_table(uses):
+    """uses: [(run, the sections it serves)]."""
+    rows = [["Run", "Serves", "Epochs", "Steps", "Training time", "Best validation PSNR (dB)"]]
+    for r, sections in uses:
+        steps = DASH if r.steps is None else f"{r.steps['step'][-1]:,.0f}"
+        rows.append([r.label, sections, str(len(r.history["epoch"])), steps, fmt_time(r.history["seconds"]),
+                     best_psnr(r)])
+    return rows
+
+
+def cycles(beta):
+    """How often beta rises from near 0 to near 1."""
+    count, low = 0, False
+    for value in beta:
+        if value < 0.15:
+            low = True
+        elif value > 0.85 and low:
+            count, low = count + 1, False
+    return count
+
+
+def beta_table(runs):
+    """The weight on KL that was in force."""
+    rows = [["Run", "beta: lowest", "highest", "mean", "rises from 0 to 1", "kl_weight", "weight on KL: highest"]]
+    for r in runs:
+        beta, weight = by_step(r, "beta")[1], by_step(r, "weight")[1]
+        rows.append([r.label, *(fmt(float(f(beta)), 3) for f in (np.min, np.max, np.mean)), str(cycles(beta)),
+                     fmt(float(r.history["kl_weight"][-1]), 3), fmt(float(weight.max()), 3)])
+    return rows
+
+
+def loss_table(runs):
+    rows = [["Run", "Epochs", "Total loss, last epoch", "Reconstruction", "weight x KL", "KL (nats)", "MSE",
+             "Lowest MSE (epoch)", "Best PSNR (dB)", "Steps skipped"]]
+    for r in runs:
+        h, low = r.history, DASH
+        if np.isfinite(h["train_mse"]).any():
+            at = np.where(np.isfinite(h["train_mse"]), h["train_mse"], np.inf).argmin()
+            low = f"{fmt(h['train_mse'][at])} ({h['epoch'][at]:g})"
+        part = fmt(h["train_reconstruction"][-1]) + f" ({objective(r)})"
+        rows.append([r.label, str(len(h["epoch"])), fmt(h["train_loss"][-1]), part,
+                     fmt(h["train_loss"][-1] - h["train_reconstruction"][-1], 3), fmt(h["train_kl"][-1]),
+                     fmt(h["train_mse"][-1]), low, best_psnr(r), f"{np.nansum(h['skipped_steps']):g}"])
+    return rows
+
+
+def forcing_table(runs):
+    """The teacher forcing that was in force, and the reconstruction around its drop."""
+    rows = [["Run", "Ratio: first", "lowest", "mean", "share forced", "Drop begins (epoch)", "Lowest from (epoch)",
+             "Reconstruction: at the drop", "at the lowest", "last epoch", "Best PSNR (dB)"]]
+    for r in runs:
+        x, ratio = by_step(r, "tfr")
+        part_x, part = by_step(r, "reconstruction")
+        below, lowest = ratio < ratio[0] - 1e-6, ratio <= ratio.min() + 1e-6
+        drops = below.any()
+        begin, end = (int(below.argmax()), int(lowest.argmax())) if drops else (None, None)
+        near = lambda at: fmt(None if at is None else float(part[np.abs(part_x - x[at]).argmin()]))
+        place = lambda at: DASH if at is None else f"{x[at]:.2f}"
+        share = float(np.mean(by_step(r, "tf_share")[1]))
+        rows.append([r.label, *(fmt(float(v), 3) for v in (ratio[0], ratio.min(), ratio.mean(), share)),
+                     place(begin), place(end), near(begin), near(end), fmt(r.history["train_reconstruction"][-1]),
+                     best_psnr(r)])
+    return rows
+
+
+def psnr_table(runs):
+    rows = [["Run", "Best epoch", "Mean (dB)", "Median", "First frame", "Last frame", "Lowest (frame)",
+             "Highest (frame)"]]
+    return rows + [[row["run"], *psnr_cells(row)] for row in map(summarise, runs)]
+
+
+def speed_table(runs):
+    rows = [["Run", "Best validation PSNR (dB)", "at epoch", "Learning rate: highest", "lowest", "Frames per second",
+             "Training time"]]
+    for r in runs:
+        h, rate = r.history, by_step(r, "lr")[1]
+        speed = float(np.nanmedian(h["frames_per_second"])) if np.isfinite(h["frames_per_second"]).any() else None
+        rows.append([r.label, best_psnr(r), fmt(summarise(r)["best_epoch"]), fmt(float(rate.max()), 3),
+                     fmt(float(rate.min()), 3), fmt(speed, 3), fmt_time(h["seconds"])])
+    return rows
+
+
+# ---------------------------------------------------------------- what a comparison is worth
+
+def curve(run, quantity, places=400):
+    """A recorded schedule at equal shares of the run."""
+    x, y = by_step(run, quantity)
+    return np.interp(np.linspace(x[0], x[-1], places), x, y)
+
+
+def warnings(runs, quantity, name):
+    """Sentences about recorded schedules that compare nothing: equal ones, annealed ones that never reach 1."""
+    said = []
+    for i, a in enumerate(runs):
+        for b in runs[i + 1:]:
+            if np.abs(curve(a, quantity) - curve(b, quantity)).mean() < COINCIDE:
+                said.append(f"{a.label} and {b.label} had the same {name} throughout: "
+                            f"what differs between them is not the effect of {name}.")
+        if quantity == "beta" and by_step(a, "beta")[1].max() < 0.85:
+            said.append(f"{a.label} never reached beta = 1 (highest {by_step(a, 'beta')[1].max():.2f}).")
+    return said
