@@ -45,10 +45,11 @@ import Trainer
 from utils.options import device_name
 from scripts.reference_loop import reference_loss, reference_rollout, reference_step
 from dataloader import (
-    Dataset_Dance, Frames, WindowLoader, find_clips, frame_transform, list_pairs,
+    Dataset_Dance, Frames, RolloutPool, WindowLoader, find_clips, frame_transform, list_pairs,
     list_test_sequences)
 from utils.frame_cache import read_image
-from utils.hardware import pick_device
+from utils.compiling import mark_for_compiling
+from utils.hardware import enough_memory, pick_device
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 
 PARTS = ("data", "training", "pool", "rollout", "memory", "growth", "equality")
@@ -139,23 +140,23 @@ def template_model(args, model):
 def compiled(args, **flags):
     """Our model with its networks compiled, as Trainer.py --compile does it."""
     model = our_model(args, **flags)
-    model.mark_for_compiling()
+    mark_for_compiling(model)
     return model
 
 
 def with_pool(model, dataset, clips):
     """Give a model what training in the pool recipe has: 16 rollouts and averaged weights."""
-    model.pool = Trainer.RolloutPool(dataset, clips, 16, 0, model.device)
-    model.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.state.pool = RolloutPool(dataset, clips, 16, 0, model.device)
+    model.state.average = {name: p.detach().clone() for name, p in model.named_parameters()}
     return model
 
 
 def pool_step(model):
     """Take a training step of the pool recipe: draw rollouts, predict a frame of each, put back."""
     batch, length = model.args.batch_size, model.args.train_vi_len
-    img, label = model.pool.draw(batch, length, 0.5, torch.zeros(batch, dtype=torch.bool))
+    img, label = model.state.pool.draw(batch, length, 0.5, torch.zeros(batch, dtype=torch.bool))
     model.training_one_step(img, label, torch.zeros(length, dtype=torch.bool))
-    model.pool.put(model.generated)
+    model.state.pool.put(model.generated)
 
 
 # ---------------------------------------------------------------- timing
@@ -396,7 +397,7 @@ class Bench:
                 ways = {forced: partial(model.training_one_step, img, label, forced)
                         for forced in (True, False)}
                 try:
-                    with Trainer.enough_memory("growth", "smaller sizes"):
+                    with enough_memory("growth", "smaller sizes"):
                         row = self.alternate(f"growth, {name}", ways,
                                              runs=max(1, self.args.runs // 2))
                 except UserError:
@@ -453,7 +454,7 @@ class Bench:
             for forced, name in ((True, "teacher forcing"), (False, "own frames")):
                 for model in (ours, template):
                     same_noise(model.Gaussian_Predictor, noise)
-                loss = ours(img, label, forced)[0]["loss"]
+                loss = ours(img, label, forced)[0]
                 theirs = reference_loss(template, img, label, forced)[0]
                 rows[f"loss, {name}"] = abs(loss - theirs).item() / abs(theirs).item()
                 mine, other = (torch.autograd.grad(value, list(model.parameters()))

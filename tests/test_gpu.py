@@ -20,6 +20,7 @@ from modules import Gaussian_Predictor
 from scripts.kill_test import compare, differences, rows
 from scripts.reference_loop import reference_rollout, reference_step
 from utils.checkpoint import NETWORKS
+from utils.compiling import mark_for_compiling
 from utils.submission import check_submission
 
 DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
@@ -86,7 +87,7 @@ def finite_step(model, window):
     """Take a training step; with fp16, whose scale has to be found, as many as that needs."""
     for _ in range(20):
         loss = model.training_one_step(*window, TEACHER_FORCED)
-        if not model.skipped_in_a_row:
+        if not model.state.skipped_in_a_row:
             return loss
     raise AssertionError("every step was skipped")
 
@@ -103,7 +104,7 @@ def test_a_step_is_the_reference_loops(precision, compiled, window, same_noise, 
         torch._dynamo.reset()
         if ON_CPU:  # kernels take minutes to build there
             monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-        model.mark_for_compiling()
+        mark_for_compiling(model)
     assert apart(finite_step(model, window), expected) < TOLERANCE[precision]
     gradient, wanted = (flat(p.grad for p in m.parameters()) for m in (model, plain))
     assert apart(gradient, wanted) < TOLERANCE[precision]
@@ -119,7 +120,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(precision, optim, window)
     img = window[0].clone()
     img[0, 1, 0, 0, 0] = float("nan")
     model.training_one_step(img, window[1], TEACHER_FORCED)
-    assert model.skipped_in_a_row == 1
+    assert model.state.skipped_in_a_row == 1
     after = model.network_state(), model.optim.state_dict()["state"]
     assert differences(before, after) == []
     finite_step(model, window)

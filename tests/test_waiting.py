@@ -34,11 +34,7 @@ def on_a_gpu_without_values(model):
                 module._parameters[name] = torch.nn.Parameter(torch.empty(weight.shape, device="cuda"))
         for name, buffer in module._buffers.items():
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
-    model.new_optimizer()
-    model.recent = model.new_totals()
-    model.reset_totals()
-    model.skipped_in_a_row = torch.zeros((), dtype=torch.long, device="cuda")
-    model.ema = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    model.state.average = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
 def give_gradients(model):
