@@ -49,7 +49,7 @@ from dataloader import (
     list_test_sequences)
 from utils.frame_cache import read_image
 from utils.compiling import mark_for_compiling
-from utils.hardware import pick_device
+from utils.hardware import enough_memory, pick_device
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 
 PARTS = ("data", "training", "pool", "rollout", "memory", "growth", "equality")
@@ -397,7 +397,7 @@ class Bench:
                 ways = {forced: partial(model.training_one_step, img, label, forced)
                         for forced in (True, False)}
                 try:
-                    with Trainer.enough_memory("growth", "smaller sizes"):
+                    with enough_memory("growth", "smaller sizes"):
                         row = self.alternate(f"growth, {name}", ways,
                                              runs=max(1, self.args.runs // 2))
                 except UserError:
@@ -454,7 +454,7 @@ class Bench:
             for forced, name in ((True, "teacher forcing"), (False, "own frames")):
                 for model in (ours, template):
                     same_noise(model.Gaussian_Predictor, noise)
-                loss = ours(img, label, forced)[0]["loss"]
+                loss = ours(img, label, forced)[0]
                 theirs = reference_loss(template, img, label, forced)[0]
                 rows[f"loss, {name}"] = abs(loss - theirs).item() / abs(theirs).item()
                 mine, other = (torch.autograd.grad(value, list(model.parameters()))

@@ -36,7 +36,7 @@ def models(args):
     batch = ours.args.batch_size
     img, label = torch.rand(2, batch, 2, 3, args.frame_H, args.frame_W, device=args.device)
     teacher_forced = torch.zeros(2, dtype=torch.bool)
-    ours.ema = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    ours.state.average = {name: p.detach().clone() for name, p in ours.named_parameters()}
     template = benchmark.template_model(args, ours)
     return {"pool step": lambda: ours.training_one_step(img, label, teacher_forced),
             "template step": lambda: template.training_one_step(img, label, True)}

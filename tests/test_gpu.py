@@ -21,6 +21,7 @@ from modules import Gaussian_Predictor
 from scripts.kill_test import compare, differences, rows
 from scripts.reference_loop import reference_rollout, reference_step
 from utils.checkpoint import NETWORKS
+from utils.compiling import mark_for_compiling
 from utils.submission import check_submission
 
 DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")

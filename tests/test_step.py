@@ -6,6 +6,7 @@ gradients must agree.
 """
 
 import copy
+import textwrap
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import ROOT, TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import Trainer
@@ -97,6 +98,13 @@ def test_loss_and_gradients_are_the_reference_loops(teacher_forced, flags, windo
     assert apart(whole, expected_whole) < 1e-5
     small = 1e-4 * expected_whole.norm()
     assert all(apart(a, b) < 1e-4 for a, b in zip(each, expected_each) if b.norm() > small)
+
+
+def test_the_docs_show_the_reference_loop():
+    source, docs = ((ROOT / path).read_text(encoding="utf-8")
+                    for path in ("scripts/reference_loop.py", "docs/RECIPE.md"))
+    shown = docs.split("## Algorithm 1")[1].split("```python\n")[1].split("```")[0]
+    assert textwrap.indent(shown, " " * 4) in source and "kl_weight * kl" in shown
 
 
 def loss_of(model, window, teacher_forced):

@@ -37,7 +37,6 @@ def on_a_gpu_without_values(model):
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
     for name in ("optim", "scheduler", "scaler"):  # made anew for these weights
         model.__dict__.pop(name, None)
-    model.recent = model.new_totals()
     model.state.average = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 

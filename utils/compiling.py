@@ -34,7 +34,7 @@ def mark_for_compiling(model):
 
 def compile_networks(model):
     """torch.compile the networks of COMPILED by a step and a rollout that leave no trace; go on without on failure."""
-    say("compiling the networks (off with --no_compile)")
+    say("compiling the networks (--compile)")
     saved, session, problem = capture(model), model.session, None
     torch._dynamo.config.optimize_ddp = False  # gradients of 6 MB need no graph split for their sake
     # no gradients are exchanged meanwhile: compiling may fail on one rank alone
