@@ -26,17 +26,17 @@ def test_a_gradient_that_overflows_halves_the_scale_and_changes_nothing(optim):
     img, label = torch.rand(2, 2, 4, 3, 8, 16, generator=torch.Generator().manual_seed(1))
     model.kl_annealing.get_beta = lambda: 0.0
     model.training_one_step(img, label, True)
-    assert model.totals[3:].tolist() == [1, 0]
+    assert model.totals[4:].tolist() == [1, 0]
     before, scale = model.network_state(), model.scaler.get_scale()
 
     model.kl_annealing.get_beta = lambda: 1.0
     assert model.training_one_step(img, label, True).isfinite()
-    assert model.totals[3:].tolist() == [1, 1] and model.scaler.get_scale() == scale / 2
+    assert model.totals[4:].tolist() == [1, 1] and model.scaler.get_scale() == scale / 2
     assert differences(before, model.network_state()) == []
 
     while model.skipped_in_a_row:
         model.training_one_step(img, label, True)
-    assert model.totals[3] == 2 and differences(before, model.network_state()) != []
+    assert model.totals[4] == 2 and differences(before, model.network_state()) != []
 
 
 def test_a_resumed_run_keeps_the_scale(tiny_data, tmp_path, monkeypatch):

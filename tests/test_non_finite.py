@@ -54,10 +54,10 @@ def test_a_step_that_is_not_finite_changes_nothing(model, spoil, taught):
     img, label = (x.clone() for x in window())
     spoil(img, label)
     loss = model.training_one_step(img, label, taught)
-    assert not loss.isfinite() and model.totals[3:].tolist() == [1, 1]
+    assert not loss.isfinite() and model.totals[4:].tolist() == [1, 1]
     after = model.network_state(), model.optim.state_dict()["state"][0]
     assert differences(before, after) == []
-    assert model.training_one_step(*window(), taught).isfinite() and model.totals[3:].tolist() == [2, 1]
+    assert model.training_one_step(*window(), taught).isfinite() and model.totals[4:].tolist() == [2, 1]
     assert differences(before[0], model.network_state()) != []
     assert model.totals.isfinite().all()  # the epoch's means are over the steps that were taken
 
@@ -106,7 +106,8 @@ def test_a_learning_rate_that_nothing_survives(tiny_data, tiny_run, tmp_path, ca
 
 
 def test_a_first_step_that_is_skipped_is_no_warning(tiny_data, tmp_path):
-    done = run_cli("Trainer.py", "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, "--num_epoch", 9, "--kl_weight", 1e300)
+    flags = ["--num_epoch", 9, "--kl_weight", 1e300, "--kl_anneal_type", "None"]  # annealed, the first step has a beta of 0
+    done = run_cli("Trainer.py", "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, *flags)
     assert done.returncode == 2
     assert "--kl_weight 1e+300: the loss was not finite" in one_line(done.stderr)
 
