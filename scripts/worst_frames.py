@@ -121,7 +121,7 @@ def main():
     index, distance = nearest(poses, train)
     names = [image_number(file) for file in list_pairs(args.DR, "train")[1]]
     worst = sorted(np.argsort(psnrs)[:asked.count].tolist())
-    columns = [(f"frame {t + 1}, {psnrs[t]:.1f} dB", f"training pose {names[index[t]]}, mse {distance[t]:.4f}",
+    columns = [(f"frame {t + 1}, {psnrs[t]:.1f} dB", f"training pose {names[index[t]]}, mse {distance[t]:.5f}",
                 [poses[t], predicted[t], truth[t], train[index[t]].float() / 255]) for t in worst]
     draw(columns, asked.o)
     for t in worst:
