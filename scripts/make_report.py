@@ -3,17 +3,20 @@
 
     python scripts/make_report.py ckpt -o report
     python scripts/make_report.py --best ckpt --kl runs_kl/{Cyclical,Monotonic,None} \\
-        --tfr runs_tfr/{always,decay_late,decay_early,never} -o report --student_id 313553009 --name 林于翔
+        --tfr runs_tfr/{always,decay_late,decay_early,never} -o report --student_id 313553009 --name
+        林于翔
 
-A RUN is a folder that Trainer.py wrote (its --save_root); one run may serve several sections. Sections are the
-assignment's rubric: --kl has the runs of C.ii (loss curves), --tfr those of C.i (teacher forcing), --best that of
-B and C.iii. A section without runs of its own takes RUN..., else the best run. Into OUT go the figures of
-plot_runs.py, the best and worst frames and the two reports. Numbers come from history.csv, steps.csv and
-psnr_per_frame.csv, frames from val_pred.gif, settings from last.ckpt (else best.ckpt). What has no data is left
-out, and the report says so. The analysis is the writer's: Markdown written into the places for it in report.md is
-kept when the report is made again, and rendered in report.html (with markdown-it-py, else as plain text). A
-report.md that was changed elsewhere, and a report.html that somebody wrote in and saved, are renamed, not replaced.
-A browser's "Save as PDF" of report.html is fit to hand in, and named as the assignment wants with --student_id and --name.
+A RUN is a folder that Trainer.py wrote (its --save_root); one run may serve several sections.
+Sections are the assignment's rubric: --kl has the runs of C.ii (loss curves), --tfr those of C.i
+(teacher forcing), --best that of B and C.iii. A section without runs of its own takes RUN..., else
+the best run. Into OUT go the figures of plot_runs.py, the best and worst frames and the two
+reports. Numbers come from history.csv, steps.csv and psnr_per_frame.csv, frames from val_pred.gif,
+settings from last.ckpt (else best.ckpt). What has no data is left out, and the report says so. The
+analysis is the writer's: Markdown written into the places for it in report.md is kept when the
+report is made again, and rendered in report.html (with markdown-it-py, else as plain text). A
+report.md that was changed elsewhere, and a report.html that somebody wrote in and saved, are
+renamed, not replaced. A browser's "Save as PDF" of report.html is fit to hand in, and named as the
+assignment wants with --student_id and --name.
 """
 
 import ast
@@ -31,51 +34,79 @@ from package import name_part  # noqa: E402
 from plot_runs import write  # noqa: E402
 from report_frames import add_frames, frames_figure, player_data, sprite_sheets  # noqa: E402
 from report_page import markdown_renderer, write_page  # noqa: E402
-from report_tables import (against_template, beta_table, forcing_table, loss_table, psnr_table,  # noqa: E402
-                           read_settings, runs_table, settings_tables, speed_table, warnings, with_settings)
-from run_folders import load_runs, objective, summarise  # noqa: E402
+from report_tables import (
+    against_template,
+    beta_table,
+    forcing_table,
+    loss_table,
+    psnr_table,  # noqa: E402
+    read_settings,
+    runs_table,
+    settings_tables,
+    speed_table,
+    warnings,
+    with_settings,
+)
+from run_folders import load_runs, objective  # noqa: E402
 from utils.cli import Parser, UserError, run  # noqa: E402
 from utils.files import make_folder  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("Trainer.py", "Tester.py", "modules/modules.py", "utils/*.py")
 TITLE = "Lab 4: Conditional VAE for Video Prediction"
-PAGE_BYTES = 9_500_000  # what report.html may weigh; above it, frames are stored with loss, and the page says so
+# what report.html may weigh; above it, frames are stored with loss, and the page says so
+PAGE_BYTES = 9_500_000
 
-X_AXIS = "Epoch e of history.csv reaches from e to e + 1 on the x axis; validation comes at its end."
+X_AXIS = (
+    "Epoch e of history.csv reaches from e to e + 1 on the x axis; validation comes at its end."
+)
 CAPTIONS = {
-    "loss_curves": "Training with each KL strategy. Thin: steps.csv; marks: means over the epochs. " + X_AXIS + " The "
-                   "total is reconstruction + beta * kl_weight * KL, so the totals of runs with different beta measure "
-                   "different things; reconstruction, MSE and KL can be compared.",
-    "loss_parts": "What the total loss is made of: the black line is the recorded total, the areas are its two terms.",
+    "loss_curves": "Training with each KL strategy. Thin: steps.csv; marks: means over the epochs. "
+    + X_AXIS
+    + " The "
+    "total is reconstruction + beta * kl_weight * KL, so the totals of runs with different beta "
+    "measure different things; reconstruction, MSE and KL can be compared.",
+    "loss_parts": "What the total loss is made of: the black line is the recorded total, the "
+    "areas are its two terms.",
     "beta_schedules": "Beta as it was, by step. Runs with the same schedule share a panel.",
-    "teacher_forcing": "Teacher forcing ratio (line), the share that was really forced (dots), and under them, on the "
-                       "same x axis, the training loss. " + X_AXIS,
-    "teacher_forcing_losses": "The same runs together: ratio, training reconstruction, and validation PSNR, where every "
-                              "previous frame is a generated one.",
-    "val_psnr": "Validation PSNR by epoch: mean over the frames of the rollout, and its last frame.",
+    "teacher_forcing": "Teacher forcing ratio (line), the share that was really forced (dots), and "
+    "under them, on the "
+    "same x axis, the training loss. " + X_AXIS,
+    "teacher_forcing_losses": "The same runs together: ratio, training reconstruction, and "
+    "validation PSNR, where every previous frame is a generated one.",
+    "val_psnr": "Validation PSNR by epoch: mean over the frames of the rollout, and its last "
+    "frame.",
     "psnr_per_frame": "PSNR of every frame of the validation rollout, best epoch of each run.",
 }
-LATE_MSE = ("Training MSE and validation PSNR are not measured on the same thing, so both may rise late. The log-MSE that "
-            "is minimised counts the relative error of each frame, as PSNR does; the mean MSE is ruled by the few "
-            "worst frames. In training the previous frame is more and more a generated one as the ratio decays, half "
-            "of the frames to predict are far away in the clip, and z knows less of the frame to predict as KL falls. "
-            "Validation predicts the next frame, with z from N(0, I) and averaged weights.")
+LATE_MSE = (
+    "Training MSE and validation PSNR are not measured on the same thing, so both may rise late. "
+    "The log-MSE that is minimised counts the relative error of each frame, as PSNR does; the mean "
+    "MSE is ruled by the few worst frames. In training the previous frame is more and more a "
+    "generated one as the ratio decays, half of the frames to predict are far away in the clip, "
+    "and z knows less of the frame to predict as KL falls. Validation predicts the next frame, "
+    "with z from N(0, I) and averaged weights."
+)
 PROMPTS = {
-    "A": "what is predicted from what; why it is hard (629 times the network is fed its own frame); what you compared "
-         "and found, in one sentence.",
-    "B.i": "walk through the code above: what happens in a training step, what in a rollout, and what differs.",
-    "B.ii": "why z is written as mu + exp(logvar / 2) * eps, and why the network predicts the log variance.",
+    "A": "what is predicted from what; why it is hard (629 times the network is fed its own "
+    "frame); what you compared and found, in one sentence.",
+    "B.i": "walk through the code above: what happens in a training step, what in a rollout, and "
+    "what differs.",
+    "B.ii": "why z is written as mu + exp(logvar / 2) * eps, and why the network predicts the log "
+    "variance.",
     "B.iii": "from which ratio to which, when, and why.",
     "B.iv": "which schedule, with which weight, and why.",
-    "C.i": "what the loss does where the ratio drops, and whether the lowest training loss has the highest PSNR.",
-    "C.ii": "which term each strategy lowers and when; KL where beta returns to 0; which has the best PSNR, and why.",
-    "C.iii": "whether errors accumulate; which frames are worst, and what is special about their poses.",
+    "C.i": "what the loss does where the ratio drops, and whether the lowest training loss has "
+    "the highest PSNR.",
+    "C.ii": "which term each strategy lowers and when; KL where beta returns to 0; which has the "
+    "best PSNR, and why.",
+    "C.iii": "whether errors accumulate; which frames are worst, and what is special about their "
+    "poses.",
     "C.iv": "what else you changed, what it gained, and how you know.",
 }
 
 
 # ---------------------------------------------------------------- reading
+
 
 def find_node(body, parts):
     """The definition of a qualified name in a module's body, or None."""
@@ -90,7 +121,9 @@ def find_node(body, parts):
 
 
 def source(name):
-    """A function of this project without importing it: file, name, line, text; None where it isn't there."""
+    """A function of this project without importing it: file, name, line, text; None where it isn't
+    there.
+    """
     for path in (p for pattern in SOURCES for p in sorted(ROOT.glob(pattern))):
         try:
             text = path.read_text(encoding="utf-8")
@@ -98,19 +131,30 @@ def source(name):
         except (OSError, SyntaxError, UnicodeDecodeError):
             continue
         if node is not None:
-            lines = text.splitlines()[node.lineno - 1:node.end_lineno]
+            lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
             indent = len(lines[0]) - len(lines[0].lstrip())
-            return SimpleNamespace(file=path.relative_to(ROOT).as_posix(), name=name, line=node.lineno,
-                                   text="\n".join(line[indent:] for line in lines))
+            return SimpleNamespace(
+                file=path.relative_to(ROOT).as_posix(),
+                name=name,
+                line=node.lineno,
+                text="\n".join(line[indent:] for line in lines),
+            )
     return None
 
 
 def load_sections(args):
     """The runs of each section, each folder read once: best, kl, tfr, frames (C.iii), all, uses."""
-    given = {"best": [args.best] if args.best else [], "kl": args.kl, "tfr": args.tfr, "runs": args.runs}
+    given = {
+        "best": [args.best] if args.best else [],
+        "kl": args.kl,
+        "tfr": args.tfr,
+        "runs": args.runs,
+    }
     for name, paths in given.items():
         if len({Path(p).resolve() for p in paths}) < len(paths):
-            raise UserError(f"{'RUN' if name == 'runs' else '--' + name}: the same folder is given twice")
+            raise UserError(
+                f"{'RUN' if name == 'runs' else '--' + name}: the same folder is given twice"
+            )
     paths = list({Path(p).resolve(): p for paths in given.values() for p in paths}.values())
     if not paths:
         raise UserError("RUN: expected at least one run folder (or --best, --kl, --tfr)")
@@ -124,8 +168,16 @@ def load_sections(args):
     best = own["best"][0] if own["best"] else max(runs, key=score)
     fallback = own["runs"] or [best]
     shown = list(dict.fromkeys(own["best"] + own["runs"])) or runs
-    sections = SimpleNamespace(best=best, kl=own["kl"] or fallback, tfr=own["tfr"] or fallback, frames=shown, all=runs)
-    places = [("B", [best]), ("C.i", sections.tfr), ("C.ii", sections.kl), ("C.iii", shown), ("C.iv", runs)]
+    sections = SimpleNamespace(
+        best=best, kl=own["kl"] or fallback, tfr=own["tfr"] or fallback, frames=shown, all=runs
+    )
+    places = [
+        ("B", [best]),
+        ("C.i", sections.tfr),
+        ("C.ii", sections.kl),
+        ("C.iii", shown),
+        ("C.iv", runs),
+    ]
     sections.uses = [(r, ", ".join(p for p, members in places if r in members)) for r in runs]
     return sections
 
@@ -134,11 +186,13 @@ def draw_figures(sections, out):
     """Draw and write all figures. Return {name: PNG bytes} and {name: what was left out}."""
     with_best = sections.kl + [sections.best] * (sections.best not in sections.kl)
     figures, left_out = {}, {}
-    for runs, functions in [(sections.kl, (plot_runs.loss_curves, plot_runs.loss_parts)),
-                            (with_best, (plot_runs.beta_schedules,)),
-                            (sections.tfr, (plot_runs.teacher_forcing, plot_runs.teacher_forcing_losses)),
-                            (sections.frames, (plot_runs.psnr_per_frame, plot_runs.psnr_summary)),
-                            (sections.all, (plot_runs.val_psnr,))]:
+    for runs, functions in [
+        (sections.kl, (plot_runs.loss_curves, plot_runs.loss_parts)),
+        (with_best, (plot_runs.beta_schedules,)),
+        (sections.tfr, (plot_runs.teacher_forcing, plot_runs.teacher_forcing_losses)),
+        (sections.frames, (plot_runs.psnr_per_frame, plot_runs.psnr_summary)),
+        (sections.all, (plot_runs.val_psnr,)),
+    ]:
         pictures, lines = plot_runs.write_figures(runs, out, functions)
         figures.update(pictures)
         left_out.update(lines)
@@ -151,10 +205,12 @@ def draw_figures(sections, out):
 
 # ---------------------------------------------------------------- the report as a list of blocks
 
+
 class Blocks(list):
     """The report as blocks (kind, content), which to_markdown and report_page write out.
 
-    Kinds: h2, h2 same (no new page), h3, p, missing, table, pairs, figure (name, caption), code (functions), analysis (key, prompt), player.
+    Kinds: h2, h2 same (no new page), h3, p, missing, table, pairs, figure (name, caption), code
+    (functions), analysis (key, prompt), player.
     """
 
     def __init__(self, figures, left_out):
@@ -197,8 +253,11 @@ def add_overview(b, s):
     b.add("table", runs_table(s.uses))
     unknown = [r.label for r in s.all if r.settings is None]
     if unknown:
-        b.add("missing", f"Settings of {', '.join(unknown)} are not known (no last.ckpt or best.ckpt that holds them), "
-                         f"so the tables of settings leave {'them' if len(unknown) > 1 else 'it'} out.")
+        b.add(
+            "missing",
+            f"Settings of {', '.join(unknown)} are not known (no last.ckpt or best.ckpt that holds "
+            f"them), so the tables of settings leave {'them' if len(unknown) > 1 else 'it'} out.",
+        )
     b.add("h2 same", "A. Introduction (5%)")
     b.analysis("A")
     b.add("h2", "B. Implementation details (30%)")
@@ -209,22 +268,39 @@ def add_protocol(b, s):
     pool = any_setting([s.best], lambda v: v.get("pool"))
     b.add("h3", "B.i How do you write your training/testing protocol (15%)")
     b.settings([s.best])
-    b.add("p", "Training. For every frame to predict, `RGB_Encoder` encodes the previous frame, `Label_Encoder` the pose, and "
-               "`Gaussian_Predictor` the frame itself together with its pose into mu and logvar, from which z is drawn. "
-               "`Decoder_Fusion` joins previous frame, pose and z, and `Generator` makes the frame. The previous frame is "
-               "ground truth under teacher forcing, else a generated one. The loss is the reconstruction ("
-               + ("the logarithm of each frame's MSE, 1e-3 log(1 + MSE / 1e-5)" if objective(s.best) == "log-MSE"
-                  else "the mean squared error")
-               + ") plus beta * kl_weight times the KL divergence between N(mu, exp(logvar)) and N(0, I). The gradient's "
-                 "norm is clipped before each step of the optimizer.")
+    b.add(
+        "p",
+        "Training. For every frame to predict, `RGB_Encoder` encodes the previous frame, "
+        "`Label_Encoder` the pose, and `Gaussian_Predictor` the frame itself together with its "
+        "pose into mu and logvar, from which z is drawn. `Decoder_Fusion` joins previous frame, "
+        "pose and z, and `Generator` makes the frame. The previous frame is ground truth under "
+        "teacher forcing, else a generated one. The loss is the reconstruction ("
+        + (
+            "the logarithm of each frame's MSE, 1e-3 log(1 + MSE / 1e-5)"
+            if objective(s.best) == "log-MSE"
+            else "the mean squared error"
+        )
+        + ") plus beta * kl_weight times the KL divergence between N(mu, exp(logvar)) and N(0, I). "
+        "The gradient's norm is clipped before each step of the optimizer.",
+    )
     if pool:
-        b.add("p", "A pool of rollouts goes on beside the training: the previous frame of a training window is the one that "
-                   "its rollout generated last, and the prediction takes its place.")
-    b.add("p", "Testing. The first frame and all poses are given, nothing else: z comes from the prior N(0, I) at every step, "
-               "every generated frame is clamped to [0, 1] and becomes the previous frame of the next step, and BatchNorm "
-               "uses its running statistics. The PSNR of a frame is -10 log10 of its mean squared error; the score of a "
-               "rollout is the mean over its frames.")
-    b.code("VAE_Model.training_one_step", "VAE_Model.forward", "VAE_Model.rollout", "Test_model.eval")
+        b.add(
+            "p",
+            "A pool of rollouts goes on beside the training: the previous frame of a training "
+            "window is the one that its rollout generated last, and the prediction takes its "
+            "place.",
+        )
+    b.add(
+        "p",
+        "Testing. The first frame and all poses are given, nothing else: z comes from the prior "
+        "N(0, I) at every step, every generated frame is clamped to [0, 1] and becomes the "
+        "previous frame of the next step, and BatchNorm uses its running statistics. The PSNR of a "
+        "frame is -10 log10 of its mean squared error; the score of a rollout is the mean over "
+        "its frames.",
+    )
+    b.code(
+        "VAE_Model.training_one_step", "VAE_Model.forward", "VAE_Model.rollout", "Test_model.eval"
+    )
     b.analysis("B.i")
 
 
@@ -233,28 +309,44 @@ def add_tricks(b, s):
     pool = any_setting([s.best], lambda v: v.get("pool"))
     b.add("h3", "B.ii How do you implement reparameterization tricks (5%)")
     b.settings([s.best], ["N_dim"])
-    b.add("p", "z = mu + exp(logvar / 2) * eps with eps from N(0, I): the randomness is in eps alone, so gradients pass through "
-               "mu and logvar. The network gives the log variance, which may be any real number: the variance is positive "
-               "without a constraint.")
+    b.add(
+        "p",
+        "z = mu + exp(logvar / 2) * eps with eps from N(0, I): the randomness is in eps alone, so "
+        "gradients pass through mu and logvar. The network gives the log variance, which may be "
+        "any real number: the variance is positive without a constraint.",
+    )
     b.code("Gaussian_Predictor.reparameterize")
     b.analysis("B.ii")
 
     b.add("h3", "B.iii How do you set your teacher forcing strategy (5%)")
     b.settings([s.best], ["tfr", "tfr_sde", "tfr_d_step", "tfr_min", "tf_coin"])
-    b.add("p", "The ratio is the probability that a step's previous frame is ground truth. With epochs e from 0: tfr(e) = "
-               "max(tfr_min, tfr - tfr_d_step * max(0, e - tfr_sde + 1)). " +
-               ("In the pool recipe e is continuous, the share of the run that is done times the number of epochs, and each window of the "
-                "batch is decided for itself: a rollout of the pool restarts from ground truth with that probability."
-                if pool else "In the template's recipe e is the whole epoch."))
+    b.add(
+        "p",
+        "The ratio is the probability that a step's previous frame is ground truth. With epochs e "
+        "from 0: tfr(e) = max(tfr_min, tfr - tfr_d_step * max(0, e - tfr_sde + 1)). "
+        + (
+            "In the pool recipe e is continuous, the share of the run that is done times the "
+            "number of epochs, and each window of the batch is decided for itself: a rollout of "
+            "the pool restarts from ground truth with that probability."
+            if pool
+            else "In the template's recipe e is the whole epoch."
+        ),
+    )
     b.add("table", forcing_table([s.best]))
     b.code("teacher_forcing_ratio", "VAE_Model.toss", *["RolloutPool.draw"] * pool)
     b.analysis("B.iii")
 
     b.add("h3", "B.iv How do you set your kl annealing ratio (5%)")
-    b.settings([s.best], ["kl_anneal_type", "kl_anneal_cycle", "kl_anneal_ratio", "kl_weight", "objective"])
-    b.add("p", "beta in [0, 1] multiplies kl_weight * KL (Fu et al. 2019). Cyclical: in each cycle beta climbs linearly from 0 to 1 "
-               "over the first `--kl_anneal_ratio` of the cycle and then stays at 1. Monotonic: one such cycle over the whole "
-               "run. Without annealing it is 1 throughout. The table has what was in force:")
+    b.settings(
+        [s.best], ["kl_anneal_type", "kl_anneal_cycle", "kl_anneal_ratio", "kl_weight", "objective"]
+    )
+    b.add(
+        "p",
+        "beta in [0, 1] multiplies kl_weight * KL (Fu et al. 2019). Cyclical: in each cycle beta "
+        "climbs linearly from 0 to 1 over the first `--kl_anneal_ratio` of the cycle and then "
+        "stays at 1. Monotonic: one such cycle over the whole run. Without annealing it is 1 "
+        "throughout. The table has what was in force:",
+    )
     b.add("table", beta_table([s.best, *(r for r in s.kl if r is not s.best)]))
     b.figure("beta_schedules")
     b.code("beta_at", "kl_cycles", "frange_cycle_linear")
@@ -273,12 +365,24 @@ def add_comparisons(b, s):
     b.add("table", forcing_table(s.tfr))
     b.analysis("C.i")
 
-    b.add("h3", "C.ii Plot the loss curve while training with different settings; analyze the difference between them (15%)")
-    kinds = {str(r.settings["kl_anneal_type"]) for r in with_settings(s.kl) if "kl_anneal_type" in r.settings}
+    b.add(
+        "h3",
+        "C.ii Plot the loss curve while training with different settings; analyze the difference "
+        "between them (15%)",
+    )
+    kinds = {
+        str(r.settings["kl_anneal_type"])
+        for r in with_settings(s.kl)
+        if "kl_anneal_type" in r.settings
+    }
     absent = [k for k in ("Monotonic", "Cyclical", "None") if k not in kinds]
     if kinds and absent:
-        b.add("missing", "The assignment asks for KL annealing Monotonic, Cyclical and without. Not among these runs: "
-                         f"{', '.join(absent)}.")
+        b.add(
+            "missing",
+            "The assignment asks for KL annealing Monotonic, Cyclical and without. Not among these "
+            "runs: "
+            f"{', '.join(absent)}.",
+        )
     b.settings(s.kl)
     for line in warnings(s.kl, "beta", "beta"):
         b.add("p", line)
@@ -303,12 +407,29 @@ def add_validation(b, s, player_note):
     if any(r.frames is not None for r in s.frames):
         b.append(("player", player_note))
     for r in s.frames:
-        b.figure(r.file, f"{r.label}: frames with the highest and the lowest PSNR of the validation rollout, chosen apart "
-                         "from each other. Pose, prediction, ground truth.")
+        b.figure(
+            r.file,
+            f"{r.label}: frames with the highest and the lowest PSNR of the validation rollout, "
+            f"chosen apart "
+            "from each other. Pose, prediction, ground truth.",
+        )
     b.analysis("C.iii")
 
     b.add("h3", "C.iv Other training strategy analysis (Bonus 10%)")
-    b.settings(s.all, ["recipe", "optim", "schedule", "lr", "ema", "pool", "objective", "fast_train", "refresh_norm"])
+    b.settings(
+        s.all,
+        [
+            "recipe",
+            "optim",
+            "schedule",
+            "lr",
+            "ema",
+            "pool",
+            "objective",
+            "fast_train",
+            "refresh_norm",
+        ],
+    )
     b.figure("val_psnr")
     b.add("table", speed_table(s.all))
     b.analysis("C.iv")
@@ -323,7 +444,12 @@ def add_flags(b, s):
     if len(differs) > 1:
         b.add("p", "What differs between the runs:")
         b.add("table", differs)
-    b.add("p", "What is equal in all runs:" if len(with_settings(s.all)) > 1 else f"Settings of {with_settings(s.all)[0].label}:")
+    b.add(
+        "p",
+        "What is equal in all runs:"
+        if len(with_settings(s.all)) > 1
+        else f"Settings of {with_settings(s.all)[0].label}:",
+    )
     b.add("pairs", equal)
 
 
@@ -341,22 +467,34 @@ def build_blocks(sections, figures, left_out, player_note):
 
 # ---------------------------------------------------------------- report.md
 
+
 def analysis_marks(key):
-    return (f"<!-- your analysis {key}: what stands between these two lines is kept when the report is made again -->",
-            f"<!-- end of your analysis {key} -->")
+    return (
+        f"<!-- your analysis {key}: what stands between these two lines is kept when the report "
+        f"is made again -->",
+        f"<!-- end of your analysis {key} -->",
+    )
 
 
 PLACEHOLDER = "*(write here)*"
-ANALYSIS = re.compile(r"<!-- your analysis (\S+):[^\n]*-->\n(.*?)\n<!-- end of your analysis \1 -->", re.S)
+ANALYSIS = re.compile(
+    r"<!-- your analysis (\S+):[^\n]*-->\n(.*?)\n<!-- end of your analysis \1 -->", re.S
+)
 
 
 def kept_analysis(text):
     """{section: text} of what the writer put into an earlier report.md."""
-    return {key: body.strip() for key, body in ANALYSIS.findall(text) if body.strip() not in ("", PLACEHOLDER)}
+    return {
+        key: body.strip()
+        for key, body in ANALYSIS.findall(text)
+        if body.strip() not in ("", PLACEHOLDER)
+    }
 
 
 def signature(text):
-    """A last line for report.md, by which a later call sees whether anything outside the places was changed."""
+    """A last line for report.md, by which a later call sees whether anything outside the places
+    was changed.
+    """
     ours = "\n".join(line.rstrip() for line in ANALYSIS.sub("", text).splitlines() if line.strip())
     return f"<!-- made by make_report.py, {zlib.crc32(ours.encode()):08x} -->"
 
@@ -384,19 +522,28 @@ def markdown_block(kind, content, analysis):
     if kind == "figure":
         return f"![{content[1]}]({content[0]}.png)\n\n*{content[1]}*"
     if kind == "code":
-        return "\n\n".join(f"`{f.name}` ({f.file}, line {f.line})\n\n```python\n{f.text}\n```" for f in content)
+        return "\n\n".join(
+            f"`{f.name}` ({f.file}, line {f.line})\n\n```python\n{f.text}\n```" for f in content
+        )
     if kind == "player":
         return "The frames themselves, with a slider: `report.html`."
     first, last = analysis_marks(content[0])
-    return f"**Your text:** {content[1]}\n\n{first}\n\n{analysis.get(content[0], PLACEHOLDER)}\n\n{last}"
+    text = analysis.get(content[0], PLACEHOLDER)
+    return f"**Your text:** {content[1]}\n\n{first}\n\n{text}\n\n{last}"
 
 
 def to_markdown(blocks, title, who, analysis):
     """The whole report as Markdown."""
-    out = [f"# {title}", *([who] if who else []),
-           "Made by `scripts/make_report.py`; figures lie beside this file, also as PDF. `report.html` is the same, with "
-           "a player for the frames; its PDF is what to hand in. Markdown between the marks is rendered there."]
-    text = "\n\n".join([*out, *(markdown_block(kind, content, analysis) for kind, content in blocks)])
+    out = [
+        f"# {title}",
+        *([who] if who else []),
+        "Made by `scripts/make_report.py`; figures lie beside this file, also as PDF. "
+        "`report.html` is the same, with a player for the frames; its PDF is what to hand in. "
+        "Markdown between the marks is rendered there.",
+    ]
+    text = "\n\n".join(
+        [*out, *(markdown_block(kind, content, analysis) for kind, content in blocks)]
+    )
     return f"{text}\n\n{signature(text)}\n"
 
 
@@ -411,14 +558,32 @@ def put_aside(path):
 
 # ---------------------------------------------------------------- command line
 
+
 def build_parser():
     parser = Parser(prog="make_report.py", description="Write the report of training runs.")
-    parser.add_argument("runs", metavar="RUN", nargs="*", default=[],
-                        help="a folder that Trainer.py wrote (its --save_root), for every section without runs of its own")
-    parser.add_argument("--best", metavar="RUN", help="the run of B and C.iii (None: the one with the highest PSNR)")
-    parser.add_argument("--kl", metavar="RUN", nargs="+", default=[], help="the runs of C.ii: the KL strategies")
-    parser.add_argument("--tfr", metavar="RUN", nargs="+", default=[], help="the runs of C.i: teacher forcing")
-    parser.add_argument("-o", "--out", metavar="OUT", required=True, help="folder for report.html, report.md and the figures")
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="*",
+        default=[],
+        help="a folder that Trainer.py wrote, for every section without runs of its own",
+    )
+    parser.add_argument(
+        "--best", metavar="RUN", help="the run of B and C.iii (None: the one with the highest PSNR)"
+    )
+    parser.add_argument(
+        "--kl", metavar="RUN", nargs="+", default=[], help="the runs of C.ii: the KL strategies"
+    )
+    parser.add_argument(
+        "--tfr", metavar="RUN", nargs="+", default=[], help="the runs of C.i: teacher forcing"
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        metavar="OUT",
+        required=True,
+        help="folder for report.html, report.md and the figures",
+    )
     parser.add_argument("--title", default=TITLE, help="the report's title")
     parser.add_argument("--student_id", metavar="ID", help="stands on top")
     parser.add_argument("--name", metavar="NAME", help="your name; stands on top")
@@ -426,9 +591,14 @@ def build_parser():
 
 
 def identity(args):
-    """(the line on top of the report or None, the name of the document, which a browser gives to its PDF)."""
-    parts = [name_part(text, f"--{flag}") for flag, text in (("student_id", args.student_id), ("name", args.name))
-             if text is not None]
+    """(the line on top of the report or None, the name of the document, which a browser gives to
+    its PDF).
+    """
+    parts = [
+        name_part(text, f"--{flag}")
+        for flag, text in (("student_id", args.student_id), ("name", args.name))
+        if text is not None
+    ]
     name = f"LAB4_{parts[0]}_{parts[1]}" if len(parts) == 2 else args.title
     return " ".join(parts) or None, name
 
@@ -438,7 +608,9 @@ def read_before(path):
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; nothing is replaced that may hold your text") from None
+        raise UserError(
+            f"{path}: cannot be read: {error}; nothing is replaced that may hold your text"
+        ) from None
 
 
 def main():
@@ -463,10 +635,16 @@ def main():
     if page_path.is_file() and b"data-edited=" in page_path.read_bytes()[:2000]:
         put_aside(page_path)
     write(page_path, page)
-    for line in [*left_out.values(), *(r.problem for r in sections.frames if r.problem)]:
+    compared = warnings(sections.kl, "beta", "beta") + warnings(
+        sections.tfr, "tfr", "teacher forcing ratio"
+    )
+    for line in [*left_out.values(), *compared, *(r.problem for r in sections.frames if r.problem)]:
         print(line)
     if analysis and render is None:
-        print("report.html has your text as plain text; pip install markdown-it-py renders its Markdown")
+        print(
+            "report.html has your text as plain text; pip install markdown-it-py renders its "
+            "Markdown"
+        )
     print(f"{page_path} ({len(page) / 1e6:.1f} MB) and {markdown}")
 
 

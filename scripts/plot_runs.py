@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Draw the figures of one or more training runs, from history.csv, steps.csv and psnr_per_frame.csv alone.
+"""Draw the figures of one or more training runs, from history.csv, steps.csv and psnr_per_frame.csv
+alone.
 
     python scripts/plot_runs.py runs/Cyclical runs/Monotonic runs/None -o figures
 
@@ -36,8 +37,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.cli import Parser, run  # noqa: E402
 from utils.files import atomic, make_folder  # noqa: E402
-from run_folders import (WITHOUT, by_epoch, by_step, load_runs, objective, summarise,  # noqa: E402
-                         without_annealing)
+from run_folders import (
+    WITHOUT,
+    by_epoch,
+    by_step,
+    load_runs,
+    objective,
+    summarise,  # noqa: E402
+    without_annealing,
+)
 
 # Okabe and Ito 2008, without its yellow, which is lost on white paper; dashes and markers say the
 # same without colour.
@@ -50,19 +58,37 @@ STYLES = [
     ("#56B4E9", (0, (2.5, 1)), "P"),
     ("#000000", (0, (4, 1.2, 1, 1.2, 1, 1.2)), "X"),
 ]
-CJK = ["Noto Sans CJK TC", "Noto Sans TC", "PingFang TC", "Microsoft JhengHei", "WenQuanYi Zen Hei",
-       "Arial Unicode MS"]
+CJK = [
+    "Noto Sans CJK TC",
+    "Noto Sans TC",
+    "PingFang TC",
+    "Microsoft JhengHei",
+    "WenQuanYi Zen Hei",
+    "Arial Unicode MS",
+]
 SETTINGS = {
     "font.family": ["DejaVu Sans", *sorted(set(CJK) & set(get_font_names()), key=CJK.index)],
-    "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "legend.fontsize": 8.5, "legend.frameon": False, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e2e2e2", "grid.linewidth": 0.6,
-    "axes.axisbelow": True, "pdf.fonttype": 42, "lines.linewidth": 1.6, "lines.markersize": 4.5,
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e2e2e2",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "pdf.fonttype": 42,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
 }
 EPOCHS = "Epochs trained"  # the x axis: epoch e of history.csv reaches from e to e + 1
 
 
 # ---------------------------------------------------------------- pieces of a figure
+
 
 def new_figure(*size, **options):
     """A Figure of width and height in inches, drawn by Agg, that pyplot knows nothing of."""
@@ -72,7 +98,7 @@ def new_figure(*size, **options):
 
 
 def label(name):
-    """A name that matplotlib prints as it is: no mathtext, no leading underscore (a hidden entry)."""
+    """A name that matplotlib prints as it is: no mathtext, no leading underscore (hidden)."""
     name = name if len(name) <= 40 else name[:19] + "\u2026" + name[-20:]
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
@@ -89,9 +115,15 @@ def style(index, count=0, runs=1):
     step = max(1, count // 12)
     # where every point is marked, equal ones lie in rings
     size = 4.5 if step > 1 else 4.5 + 1.6 * min(3, max(0, runs - 1 - index))
-    return dict(color=colour, linestyle=dashes, marker=marker, markersize=size, markeredgecolor=colour,
-                markerfacecolor="white" if index >= len(STYLES) else colour,
-                markevery=(index * step // max(1, runs) % step, step))
+    return dict(
+        color=colour,
+        linestyle=dashes,
+        marker=marker,
+        markersize=size,
+        markeredgecolor=colour,
+        markerfacecolor="white" if index >= len(STYLES) else colour,
+        markevery=(index * step // max(1, runs) % step, step),
+    )
 
 
 def draw(ax, x, y, **options):
@@ -119,13 +151,24 @@ def draw_quantity(ax, runs, quantity, name=lambda r: label(r.label)):
 
 def note(ax, text):
     """A line in small print under the axis."""
-    ax.annotate(text, (0, 0), (0, -30), xycoords="axes fraction", textcoords="offset points",
-                fontsize=7.5, va="top", color="#8a2c00", annotation_clip=False)
+    ax.annotate(
+        text,
+        (0, 0),
+        (0, -30),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=7.5,
+        va="top",
+        color="#8a2c00",
+        annotation_clip=False,
+    )
 
 
 def note_not_finite(ax, bad):
     """Say which epochs could not be drawn. bad: {run name: epochs}."""
-    few = lambda epochs: ", ".join(f"{e:g}" for e in epochs[:6]) + (" ..." if len(epochs) > 6 else "")
+    few = lambda epochs: (
+        ", ".join(f"{e:g}" for e in epochs[:6]) + (" ..." if len(epochs) > 6 else "")
+    )
     parts = [f"{label(name)} {few(epochs)}" for name, epochs in bad.items() if len(epochs)]
     if parts:
         note(ax, "Not finite, so not drawn: epoch " + "; ".join(parts))
@@ -151,15 +194,22 @@ def finite(runs, *quantities):
 
 
 def log_where_it_helps(ax, series):
-    """A log axis where positive values span more than a factor of 8; with zeros, linear near zero."""
+    """A log axis where positive values span a factor above 8; with zeros, linear near zero."""
     values = np.concatenate([s[np.isfinite(s)] for s in series])
     positive = values[values > 0]
     if len(positive) and len(positive) == len(values) and values.max() > 8 * values.min():
         ax.set_yscale("log")
     elif len(positive) and values.min() == 0 and positive.max() > 8 * positive.min():
         ax.set_yscale("symlog", linthresh=positive.min(), linscale=0.3)
-        ax.text(0.995, 1.01, f"linear below {positive.min():.1e}", transform=ax.transAxes, ha="right",
-                va="bottom", fontsize=7)
+        ax.text(
+            0.995,
+            1.01,
+            f"linear below {positive.min():.1e}",
+            transform=ax.transAxes,
+            ha="right",
+            va="bottom",
+            fontsize=7,
+        )
         return
     else:
         return
@@ -173,7 +223,8 @@ def log_where_it_helps(ax, series):
 
 
 def cut_low_outliers(ax, drawn, x_name):
-    """Where a few values lie so far down that they would flatten all others, cut the axis and say so.
+    """Where a few values lie so far down that they would flatten all others, cut the axis and say
+    so.
 
     drawn: [(run name, colour, x, y, how much x is above the number that x_name has)].
     """
@@ -188,14 +239,25 @@ def cut_low_outliers(ax, drawn, x_name):
     count, lowest = 0, (math.inf, "", 0)
     for name, colour, x, y, offset in drawn:
         out = np.isfinite(y) & (y < floor)
-        ax.plot(x[out], np.full(out.sum(), floor), linestyle="none", marker="v", markersize=7,
-                color=colour, clip_on=False, zorder=5)
+        ax.plot(
+            x[out],
+            np.full(out.sum(), floor),
+            linestyle="none",
+            marker="v",
+            markersize=7,
+            color=colour,
+            clip_on=False,
+            zorder=5,
+        )
         count += out.sum()
         if out.any():
             lowest = min(lowest, (y[out].min(), name, x[out][y[out].argmin()] - offset))
     values_lie = "value lies" if count == 1 else "values lie"
-    note(ax, f"Axis cut: {count} {values_lie} below it (triangles); "
-             f"lowest {lowest[0]:.1f} dB, {label(lowest[1])}, {x_name} {lowest[2]:g}")
+    note(
+        ax,
+        f"Axis cut: {count} {values_lie} below it (triangles); "
+        f"lowest {lowest[0]:.1f} dB, {label(lowest[1])}, {x_name} {lowest[2]:g}",
+    )
 
 
 def legend_on_top(fig, ax):
@@ -203,8 +265,13 @@ def legend_on_top(fig, ax):
     handles, names = ax.get_legend_handles_labels()
     widest = max(map(len, names))
     lines = math.ceil(len(names) / max(1, 105 // (widest + 9)))
-    fig.legend(handles, names, loc="outside upper center", ncols=math.ceil(len(names) / lines),
-               handlelength=3.6)
+    fig.legend(
+        handles,
+        names,
+        loc="outside upper center",
+        ncols=math.ceil(len(names) / lines),
+        handlelength=3.6,
+    )
 
 
 def panels(runs, wide=2.45, narrowest=4.6):
@@ -214,6 +281,7 @@ def panels(runs, wide=2.45, narrowest=4.6):
 
 
 # ---------------------------------------------------------------- the figures
+
 
 def draw_validation(ax, runs, column, name=lambda r: label(r.label), ring=True):
     """Validation PSNR in dB, at the end of each epoch; the best epoch ringed."""
@@ -225,8 +293,15 @@ def draw_validation(ax, runs, column, name=lambda r: label(r.label), ring=True):
         drawn.append((r.label, options["color"], x, y, 1))
         best = summarise(r)["best_epoch"]
         if ring and best is not None:
-            ax.plot(best + 1, y[x == best + 1][0], "o", markersize=11, markerfacecolor="none",
-                    markeredgecolor=options["color"], markeredgewidth=1.4)
+            ax.plot(
+                best + 1,
+                y[x == best + 1][0],
+                "o",
+                markersize=11,
+                markerfacecolor="none",
+                markeredgecolor=options["color"],
+                markeredgewidth=1.4,
+            )
     ax.set_ylabel("PSNR (dB)")
     note_not_finite(ax, bad)
     if any(np.isfinite(y).any() for _, _, _, y, _ in drawn):
@@ -244,10 +319,11 @@ def loss_curves(runs):
     axes = fig.subplots(3, 2, sharex=True)
     logarithm = any(objective(r) == "log-MSE" for r in runs)
     for ax, quantity, title in [
-            (axes[0, 0], "loss", "Total loss = reconstruction + weight x KL"),
-            (axes[1, 0], "reconstruction", reconstruction_title(runs)),
-            (axes[2, 0], "kl", "KL (nats)"),
-            (axes[2, 1], "weight", "Weight on KL: beta x kl_weight")]:
+        (axes[0, 0], "loss", "Total loss = reconstruction + weight x KL"),
+        (axes[1, 0], "reconstruction", reconstruction_title(runs)),
+        (axes[2, 0], "kl", "KL (nats)"),
+        (axes[2, 1], "weight", "Weight on KL: beta x kl_weight"),
+    ]:
         if quantity == "weight":
             for i, r in enumerate(runs):
                 colour, dashes, _ = STYLES[i % len(STYLES)]
@@ -283,11 +359,21 @@ def loss_parts(runs):
         ax.fill_between(x, part, part + term, color="#E69F00", linewidth=0, label="weight x KL")
         draw_steps(ax, r, "loss", color="black", linewidth=0.8, label="total loss")
         x, y = by_epoch(r, "loss")
-        draw(ax, x, y, color="black", linestyle="none", marker=".", label="its mean over an epoch",
-             markevery=max(1, len(x) // 12))
+        draw(
+            ax,
+            x,
+            y,
+            color="black",
+            linestyle="none",
+            marker=".",
+            label="its mean over an epoch",
+            markevery=max(1, len(x) // 12),
+        )
         ax.set_title(textwrap.fill(kl_label(r), 34))
     if len(totals) and totals.max() > top:
-        over = max(runs, key=lambda r: max([y[np.isfinite(y)].max(initial=0) for y in finite([r], "loss")]))
+        over = max(
+            runs, key=lambda r: max([y[np.isfinite(y)].max(initial=0) for y in finite([r], "loss")])
+        )
         note(axes[-1, 0], f"Axis cut: the total reaches {totals.max():.3g} ({label(over.label)})")
     axes[0, 0].set_ylim(0, top if top > 0 else 1)
     finish_panels(fig, axes, runs, columns, 4 if columns > 1 else 2)
@@ -313,7 +399,11 @@ def same_schedule(runs):
         x, y = by_step(r, "beta")
         for group in groups:
             other_x, other_y = by_step(group[0], "beta")
-            if x.shape == other_x.shape and np.allclose(x, other_x) and np.allclose(y, other_y, equal_nan=True):
+            if (
+                x.shape == other_x.shape
+                and np.allclose(x, other_x)
+                and np.allclose(y, other_y, equal_nan=True)
+            ):
                 group.append(r)
                 break
         else:
@@ -347,19 +437,40 @@ def forcing_panels(top, bottom, r):
     """One run: ratio and share that was forced, over the loss."""
     blue, orange, black = STYLES[0][0], STYLES[1][0], "#000000"
     x, share = by_step(r, "tf_share")
-    draw(top, x, share, color=black, linestyle="none", marker="x" if len(x) < 60 else ".",
-         markersize=4 if len(x) < 60 else 2, markeredgewidth=0.8, alpha=0.7, label="share that was forced")
+    draw(
+        top,
+        x,
+        share,
+        color=black,
+        linestyle="none",
+        marker="x" if len(x) < 60 else ".",
+        markersize=4 if len(x) < 60 else 2,
+        markeredgewidth=0.8,
+        alpha=0.7,
+        label="share that was forced",
+    )
     draw_steps(top, r, "tfr", color=blue, linewidth=2.2, label="ratio")
     top.set_title(label(r.label))
     share_axis(top)
     bad = None
-    for quantity, colour, width, name in [("loss", orange, 2.2, "total loss"),
-                                          ("reconstruction", black, 1, "reconstruction")]:
+    for quantity, colour, width, name in [
+        ("loss", orange, 2.2, "total loss"),
+        ("reconstruction", black, 1, "reconstruction"),
+    ]:
         if r.steps is not None:
             draw_steps(bottom, r, quantity, color=colour, linewidth=0.7, alpha=0.5)
         x, y = by_epoch(r, quantity)
-        found = draw(bottom, x, y, color=colour, linewidth=width, label=name, marker="o",
-                     markersize=2 + 1.5 * width, markevery=max(1, len(x) // 12))
+        found = draw(
+            bottom,
+            x,
+            y,
+            color=colour,
+            linewidth=width,
+            label=name,
+            marker="o",
+            markersize=2 + 1.5 * width,
+            markevery=max(1, len(x) // 12),
+        )
         bad = found if bad is None else bad
     note_not_finite(bottom, {r.label: bad - 0.5})
 
@@ -368,7 +479,9 @@ def teacher_forcing(runs):
     """The ratio, the share that was forced and the loss of each run on one x axis."""
     blocks, columns, width = panels(runs)
     fig = new_figure(width, 4.1 * blocks, layout="constrained")
-    axes = fig.subplots(2 * blocks, columns, squeeze=False, height_ratios=[1, 1.25] * blocks, sharex=True)
+    axes = fig.subplots(
+        2 * blocks, columns, squeeze=False, height_ratios=[1, 1.25] * blocks, sharex=True
+    )
     shared = axes[1, 0]
     for i in range(blocks * columns):
         row, column = 2 * (i // columns), i % columns
@@ -390,8 +503,13 @@ def teacher_forcing(runs):
     log_where_it_helps(shared, finite(runs, "loss", "reconstruction"))
     epoch_axis(shared, runs)
     handles = [h for ax in axes[:2, 0] for h in ax.get_legend_handles_labels()[0]]
-    fig.legend(handles, [h.get_label() for h in handles], loc="outside upper center", handlelength=2.6,
-               ncols=4 if columns > 2 else 2)
+    fig.legend(
+        handles,
+        [h.get_label() for h in handles],
+        loc="outside upper center",
+        handlelength=2.6,
+        ncols=4 if columns > 2 else 2,
+    )
     return fig
 
 
@@ -443,9 +561,11 @@ def psnr_per_frame(runs):
         if len(y) > 60 and np.isfinite(y).all():
             # 629 noisy points a run cannot be told apart in print: a running mean over thin frames
             smoothed = True
-            ax.plot(x, y, color=options["color"], linewidth=0.6, alpha=0.45 if len(runs) < 4 else 0.25)
+            ax.plot(
+                x, y, color=options["color"], linewidth=0.6, alpha=0.45 if len(runs) < 4 else 0.25
+            )
             middle = np.convolve(y, np.ones(window) / window, "valid")
-            ax.plot(x[window // 2: window // 2 + len(middle)], middle, label=name, **options)
+            ax.plot(x[window // 2 : window // 2 + len(middle)], middle, label=name, **options)
         else:
             bad[r.label] = draw(ax, x, y, label=name, **options)
         drawn.append((r.label, options["color"], x, y, 0))
@@ -465,15 +585,31 @@ def psnr_cells(row):
     """A row of `summarise` as the cells of a table, after run and epochs."""
     two = lambda key: "\u2013" if row[key] is None else f"{row[key]:.2f}"
     at = lambda key: "\u2013" if row[key] is None else f"{row[key]:.2f} ({row[key + '_frame']})"
-    return ["\u2013" if row["best_epoch"] is None else str(row["best_epoch"]), two("psnr_mean"),
-            two("psnr_median"), two("psnr_first"), two("psnr_last"), at("psnr_min"), at("psnr_max")]
+    return [
+        "\u2013" if row["best_epoch"] is None else str(row["best_epoch"]),
+        two("psnr_mean"),
+        two("psnr_median"),
+        two("psnr_first"),
+        two("psnr_last"),
+        at("psnr_min"),
+        at("psnr_max"),
+    ]
 
 
 def psnr_summary(runs):
     """The table of the PSNRs, as a figure."""
     rows = [summarise(r) for r in runs]
-    titles = ["Run", "Epochs", "Best\nepoch", "Mean", "Median", "First\nframe", "Last\nframe",
-              "Lowest (frame)", "Highest (frame)"]
+    titles = [
+        "Run",
+        "Epochs",
+        "Best\nepoch",
+        "Mean",
+        "Median",
+        "First\nframe",
+        "Last\nframe",
+        "Lowest (frame)",
+        "Highest (frame)",
+    ]
     cells = [[label(row["run"]), str(row["epochs"]), *psnr_cells(row)] for row in rows]
     widths = [max(10, max(len(c[0]) for c in cells) + 1), 7, 6, 8, 8, 8, 8, 15, 15]
     right = np.cumsum(widths) / sum(widths)
@@ -482,24 +618,44 @@ def psnr_summary(runs):
     ax = fig.add_axes((0.02, 0, 0.96, 1))
     ax.set_axis_off()
     ax.set(xlim=(0, 1), ylim=(0, height))
-    ax.text(0, height - 0.13, "PSNR (dB) of the best epoch's validation rollout", weight="bold",
-            va="center", fontsize=9)
+    ax.text(
+        0,
+        height - 0.13,
+        "PSNR (dB) of the best epoch's validation rollout",
+        weight="bold",
+        va="center",
+        fontsize=9,
+    )
     means = [row["psnr_mean"] for row in rows if row["psnr_mean"] is not None]
     for line, row in enumerate([titles, *cells]):
         y = height - 0.52 if line == 0 else height - 0.72 - 0.27 * line + 0.01
         best = line > 0 and len(means) > 1 and rows[line - 1]["psnr_mean"] == max(means)
         for column, value in enumerate(row):
-            ax.text(0 if column == 0 else right[column], y, value, fontsize=8.5, linespacing=0.95,
-                    ha="left" if column == 0 else "right",
-                    va="center_baseline" if line == 0 else "baseline",
-                    weight="bold" if line == 0 or best else "normal")
+            ax.text(
+                0 if column == 0 else right[column],
+                y,
+                value,
+                fontsize=8.5,
+                linespacing=0.95,
+                ha="left" if column == 0 else "right",
+                va="center_baseline" if line == 0 else "baseline",
+                weight="bold" if line == 0 or best else "normal",
+            )
     for y, width in [(height - 0.28, 1.2), (height - 0.74, 0.7), (0.12, 1.2)]:
         ax.axhline(y, color="black", linewidth=width)
     return fig
 
 
-FIGURES = (loss_curves, loss_parts, beta_schedules, teacher_forcing, teacher_forcing_losses, val_psnr,
-           psnr_per_frame, psnr_summary)
+FIGURES = (
+    loss_curves,
+    loss_parts,
+    beta_schedules,
+    teacher_forcing,
+    teacher_forcing_losses,
+    val_psnr,
+    psnr_per_frame,
+    psnr_summary,
+)
 
 
 def why_not(name, runs):
@@ -533,6 +689,7 @@ def make_figure(function, runs):
 
 # ---------------------------------------------------------------- writing
 
+
 def write(path, content):
     """Write bytes or text whole or not at all."""
     with atomic(path) as aside:
@@ -540,7 +697,9 @@ def write(path, content):
 
 
 def render(figure, kind):
-    """The bytes of a figure as 'png' or 'pdf'; without a date, so that equal runs give equal files."""
+    """The bytes of a figure as 'png' or 'pdf'; without a date, so that equal runs give equal
+    files.
+    """
     buffer = io.BytesIO()
     dateless = {"CreationDate": None} if kind == "pdf" else None
     with matplotlib.rc_context(SETTINGS):
@@ -551,7 +710,10 @@ def render(figure, kind):
 def summary_csv(runs):
     """The text of psnr_summary.csv."""
     buffer = io.StringIO()
-    rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in summarise(r).items()} for r in runs]
+    rows = [
+        {k: round(v, 4) if isinstance(v, float) else v for k, v in summarise(r).items()}
+        for r in runs
+    ]
     writer = csv.DictWriter(buffer, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -581,8 +743,12 @@ def write_figures(runs, out, functions=FIGURES):
 
 
 def build_parser():
-    parser = Parser(prog="plot_runs.py", description="Draw the figures of one or more training runs.")
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a folder that Trainer.py wrote (its --save_root)")
+    parser = Parser(
+        prog="plot_runs.py", description="Draw the figures of one or more training runs."
+    )
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a folder that Trainer.py wrote (its --save_root)"
+    )
     parser.add_argument("-o", "--out", metavar="OUT", required=True, help="folder for the figures")
     return parser
 

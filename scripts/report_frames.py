@@ -1,4 +1,5 @@
-"""The frames of validation rollouts in a report: read from val_pred.gif, best and worst, the player's sheets.
+"""The frames of validation rollouts in a report: read from val_pred.gif, best and worst, the
+player's sheets.
 
 Not a program; make_report.py and draw_frames.py use it.
 """
@@ -20,9 +21,11 @@ SCALE = 4  # how much larger than they are frames are shown
 
 
 def read_rollout(path):
-    """The frames of val_pred.gif, one for each tick: uint8 (ticks, H, 3 * W, 3). None where there is no GIF.
+    """The frames of val_pred.gif, one for each tick: uint8 (ticks, H, 3 * W, 3). None where there
+    is no GIF.
 
-    Pillow writes equal neighbours as one frame that lasts longer; its duration says how many there were.
+    Pillow writes equal neighbours as one frame that lasts longer; its duration says how many there
+    were.
     """
     if not path.is_file():
         return None
@@ -36,12 +39,14 @@ def read_rollout(path):
         raise UserError(f"{path}: cannot be read as a GIF: {error}") from None
     frames = np.stack(frames)
     if frames.shape[2] % 3:
-        raise UserError(f"{path}: is {frames.shape[2]} pixels wide; expected three images side by side")
+        raise UserError(
+            f"{path}: is {frames.shape[2]} pixels wide; expected three images side by side"
+        )
     return frames
 
 
 def add_frames(run):
-    """Give a run its frames (ticks, H, 3 * W, 3), the number of the first, and why there are none."""
+    """Give a run its frames (ticks, H, 3 * W, 3), the number of the first, and any problem."""
     run.frames = read_rollout(run.path / "val_pred.gif")
     run.first, run.problem = 1, None
     if run.frames is None:
@@ -50,14 +55,18 @@ def add_frames(run):
         # 629 frames 1..629, or 630 with the given frame 0; else it is another rollout's GIF
         run.first = int(run.psnr["frame"][-1]) - len(run.frames) + 1
         if run.first not in (0, 1):
-            run.problem = (f"{run.label}: val_pred.gif lasts {len(run.frames)} frames and psnr_per_frame.csv ends "
-                           f"with frame {run.psnr['frame'][-1]:g}, so they are not of the same rollout; "
-                           "its frames are left out.")
+            run.problem = (
+                f"{run.label}: val_pred.gif lasts {len(run.frames)} frames and psnr_per_frame.csv "
+                f"ends with frame {run.psnr['frame'][-1]:g}, so they are not of the same rollout; "
+                "its frames are left out."
+            )
             run.frames = None
 
 
 def best_and_worst(run, count=3):
-    """Indices into run.psnr of the best and of the worst frames, apart from each other: neighbours look the same."""
+    """Indices into run.psnr of the best and of the worst frames, apart from each other: neighbours
+    look the same.
+    """
     order = [i for i in np.argsort(run.psnr["psnr"]) if np.isfinite(run.psnr["psnr"][i])]
     apart = max(1, len(order) // 20)
 
@@ -72,14 +81,19 @@ def best_and_worst(run, count=3):
 
 
 def draw_column(fig, image, rectangles):
-    """Pose, prediction and ground truth of one frame, each at its place (left, bottom, width, height)."""
+    """Pose, prediction and ground truth of one frame, each at its place (left, bottom, width,
+    height).
+    """
     width = image.shape[1] // 3
     for row, rectangle in enumerate(rectangles):
         ax = fig.add_axes(rectangle)
-        ax.imshow(image[:, row * width:(row + 1) * width], interpolation="nearest", aspect="auto")
+        ax.imshow(image[:, row * width : (row + 1) * width], interpolation="nearest", aspect="auto")
         ax.set_axis_off()
-        ax.add_artist(Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, edgecolor="#b0b0b0",
-                                linewidth=0.6))
+        ax.add_artist(
+            Rectangle(
+                (0, 0), 1, 1, transform=ax.transAxes, fill=False, edgecolor="#b0b0b0", linewidth=0.6
+            )
+        )
 
 
 def frames_figure(run):
@@ -95,12 +109,28 @@ def frames_figure(run):
         for column, i in enumerate(best + worst):
             number = int(run.psnr["frame"][i])
             kind = "best" if column < len(best) else "worst"
-            fig.text((left + (column + 0.5) * cell) / size[0], 1 - 0.08 / size[1], ha="center", va="top",
-                     s=f"{kind}: frame {number}\n{run.psnr['psnr'][i]:.2f} dB", fontsize=7.5)
+            fig.text(
+                (left + (column + 0.5) * cell) / size[0],
+                1 - 0.08 / size[1],
+                ha="center",
+                va="top",
+                s=f"{kind}: frame {number}\n{run.psnr['psnr'][i]:.2f} dB",
+                fontsize=7.5,
+            )
             bottoms = [size[1] - top - (row + 1) * tall - row * gap for row in range(3)]
-            draw_column(fig, run.frames[number - run.first], [
-                ((left + column * cell) / size[0], y / size[1], (cell - gap) / size[0], tall / size[1])
-                for y in bottoms])
+            draw_column(
+                fig,
+                run.frames[number - run.first],
+                [
+                    (
+                        (left + column * cell) / size[0],
+                        y / size[1],
+                        (cell - gap) / size[0],
+                        tall / size[1],
+                    )
+                    for y in bottoms
+                ],
+            )
         for row, name in enumerate(("Pose", "Prediction", "Ground truth")):
             y = size[1] - top - (row + 0.5) * tall - row * gap
             fig.text(0.02 / size[0], y / size[1], name, fontsize=8, va="center")
@@ -108,6 +138,7 @@ def frames_figure(run):
 
 
 # ---------------------------------------------------------------- the player
+
 
 def encode(images, kind, **options):
     """Images as data URIs."""
@@ -121,42 +152,60 @@ def encode(images, kind, **options):
 
 
 def lay_out(runs):
-    """All frames as sheets, each once (all runs see the same poses): {(shape, bytes): number}, {run name: layout}."""
+    """All frames as sheets, each once (all runs see the same poses): {(shape, bytes): number},
+    {run name: layout}.
+    """
     panels, layouts = {}, {}
     for r in runs:
         ticks, height, triple = r.frames.shape[:3]
         width = triple // 3
-        columns = max(1, min(math.ceil(math.sqrt(ticks)), 16000 // width))  # WebP ends at 16383 pixels
-        layout = dict(width=width, height=height, columns=columns, ticks=ticks, first=r.first, sheets=[])
+        columns = max(
+            1, min(math.ceil(math.sqrt(ticks)), 16000 // width)
+        )  # WebP ends at 16383 pixels
+        layout = dict(
+            width=width, height=height, columns=columns, ticks=ticks, first=r.first, sheets=[]
+        )
         for part in range(3):
             sheet = np.zeros((math.ceil(ticks / columns) * height, columns * width, 3), np.uint8)
             for t in range(ticks):
                 y, x = t // columns * height, t % columns * width
-                sheet[y:y + height, x:x + width] = r.frames[t][:, part * width:(part + 1) * width]
+                sheet[y : y + height, x : x + width] = r.frames[t][
+                    :, part * width : (part + 1) * width
+                ]
             layout["sheets"].append(panels.setdefault((sheet.shape, sheet.tobytes()), len(panels)))
         layouts[r.name] = layout
     return panels, layouts
 
 
 def sprite_sheets(runs, budget):
-    """The frames of all runs for the page: (sheets as data URIs, {run name: layout}, a line about loss or None)."""
+    """The frames of all runs for the page: (sheets as data URIs, {run name: layout}, a line about
+    loss or None).
+    """
     panels, layouts = lay_out(runs)
-    images = [Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape)) for shape, data in panels]
+    images = [
+        Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape)) for shape, data in panels
+    ]
     exact = encode(images, "WEBP", lossless=True, quality=40, method=3)
     note, sheets = None, exact
     for quality in (95, 90, 80, 60):
         if sum(map(len, sheets)) <= budget:
             break
-        # JPEG, as lossy WebP always halves the resolution of colour, which shows on frames this small
+        # JPEG, as lossy WebP always halves the resolution of colour, which shows on frames this
+        # small
         lossy = encode(images, "JPEG", quality=quality, subsampling=0, optimize=True)
         sheets = [a if len(a) < 1.5 * len(b) else b for a, b in zip(exact, lossy)]
-        note = (f"To keep this page small, the player's frames are stored with some loss (JPEG, quality {quality}); "
-                "val_pred.gif has them as they were.")
+        note = (
+            f"To keep this page small, the player's frames are stored with some loss (JPEG, "
+            f"quality {quality}); "
+            "val_pred.gif has them as they were."
+        )
     return sheets, layouts, note
 
 
 def player_data(runs, layouts, sheets):
-    """What the page's script gets: frames, and for each run its colour and PSNR by frame (null where not finite)."""
+    """What the page's script gets: frames, and for each run its colour and PSNR by frame (null
+    where not finite).
+    """
     entries = []
     for i, r in enumerate(runs):
         if r.name in layouts:
@@ -164,5 +213,7 @@ def player_data(runs, layouts, sheets):
             if r.psnr is not None:
                 known = zip(r.psnr["frame"], r.psnr["psnr"])
                 psnr = {str(int(f)): round(float(p), 3) for f, p in known if math.isfinite(p)}
-            entries.append(dict(layouts[r.name], name=r.label, psnr=psnr, colour=STYLES[i % len(STYLES)][0]))
+            entries.append(
+                dict(layouts[r.name], name=r.label, psnr=psnr, colour=STYLES[i % len(STYLES)][0])
+            )
     return dict(tick=TICK, scale=SCALE, sheets=sheets, runs=entries)

@@ -1,8 +1,10 @@
-"""Write a report's blocks as HTML: one file with its style, script, figures and frames, nothing else to load.
+"""Write a report's blocks as HTML: one file with its style, script, figures and frames, nothing
+else to load.
 
-Not a program; make_report.py uses it. report_page.html is the page, with {{PLACES}} to fill. The script
-there draws the player from {{DATA}}: `sheets` (data URIs of all frames of a kind, one behind the other),
-`runs` (each with its three sheets, its colour and its PSNR by frame), `tick` and `scale`.
+Not a program; make_report.py uses it. report_page.html is the page, with {{PLACES}} to fill. The
+script there draws the player from {{DATA}}: `sheets` (data URIs of all frames of a kind, one behind
+the other), `runs` (each with its three sheets, its colour and its PSNR by frame), `tick` and
+`scale`.
 """
 
 import base64
@@ -27,8 +29,11 @@ def inline(text):
 
 # ---------------------------------------------------------------- the writer's Markdown
 
+
 def formula(state, silent):
-    """A rule for markdown-it: $...$ and $$...$$ stay the text they are, their * and _ mark nothing up."""
+    """A rule for markdown-it: $...$ and $$...$$ stay the text they are, their * and _ mark nothing
+    up.
+    """
     match = FORMULA.match(state.src, state.pos)
     if not match:
         return False
@@ -44,7 +49,9 @@ def embed(folder, source):
         path = (folder / source).resolve()
         kind = mimetypes.guess_type(path.name)[0] or ""
         inside = path.is_relative_to(folder.resolve()) and kind.startswith("image/")
-        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}" if inside else None
+        return (
+            f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}" if inside else None
+        )
     except (OSError, ValueError):
         return None
 
@@ -55,7 +62,9 @@ def markdown_renderer(folder):
         from markdown_it import MarkdownIt  # optional: requirements-dev.txt
     except ImportError:
         return None
-    parser = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
+    parser = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(
+        ["table", "strikethrough"]
+    )
     parser.inline.ruler.before("escape", "formula", formula)
 
     def show_formula(renderer, tokens, index, options, env):
@@ -76,7 +85,9 @@ def markdown_renderer(folder):
 
 
 def written(text, render):
-    """The writer's text as HTML, and the class of its place: plain text where there is no renderer."""
+    """The writer's text as HTML, and the class of its place: plain text where there is no
+    renderer.
+    """
     if not text or render is None:
         return html.escape(text), "analysis"
     rendered = render(text).strip()
@@ -84,9 +95,12 @@ def written(text, render):
 
 
 def label_columns(text):
-    """Give the cells of tables the names of their columns, which narrow screens show beside them."""
+    """Give the cells of tables the names of their columns, which narrow screens show."""
+
     def one(match):
-        heads = [re.sub("<[^>]+>", "", h) for h in re.findall(r"<th[^>]*>(.*?)</th>", match[0], re.S)]
+        heads = [
+            re.sub("<[^>]+>", "", h) for h in re.findall(r"<th[^>]*>(.*?)</th>", match[0], re.S)
+        ]
         row = lambda m: number_cells(m[0], heads)
         return re.sub(r"<tr>.*?</tr>", row, match[0], flags=re.S)
 
@@ -101,18 +115,25 @@ def number_cells(row, heads):
 
 # ---------------------------------------------------------------- blocks
 
+
 def html_table(rows):
     """A table with a header row."""
     head = "".join(f"<th>{inline(cell)}</th>" for cell in rows[0])
     names = [html.escape(cell.replace("`", "")) for cell in rows[0]]
-    body = "".join("<tr>" + "".join(f'<td data-column="{name}">{inline(cell)}</td>' for name, cell in zip(names, row))
-                   + "</tr>" for row in rows[1:])
+    body = "".join(
+        "<tr>"
+        + "".join(f'<td data-column="{name}">{inline(cell)}</td>' for name, cell in zip(names, row))
+        + "</tr>"
+        for row in rows[1:]
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def html_pairs(rows):
     """A long list of pairs, set in columns."""
-    pairs = "".join(f"<div><span>{inline(a)}</span><span>{inline(b)}</span></div>" for a, b in rows[1:])
+    pairs = "".join(
+        f"<div><span>{inline(a)}</span><span>{inline(b)}</span></div>" for a, b in rows[1:]
+    )
     return f'<div class="pairs">{pairs}</div>'
 
 
@@ -120,21 +141,30 @@ def html_figure(picture, caption):
     """A figure from the bytes of a PNG; its letters are about as large as the page's."""
     width = round(Image.open(io.BytesIO(picture)).width * 0.72)
     data = base64.b64encode(picture).decode()
-    return (f'<figure><img src="data:image/png;base64,{data}" width="{width}" alt="{html.escape(caption)}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" width="{width}" '
+        f'alt="{html.escape(caption)}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
 
 
 def html_code(found):
     """Functions, each under its file and line."""
-    return "".join(f'<p class="place"><code>{f.name}</code> in {f.file}, line {f.line}</p>'
-                   f"<pre>{html.escape(f.text)}</pre>" for f in found)
+    return "".join(
+        f'<p class="place"><code>{f.name}</code> in {f.file}, line {f.line}</p>'
+        f"<pre>{html.escape(f.text)}</pre>"
+        for f in found
+    )
 
 
 def html_analysis(key, prompt, text, render):
     """A place for the writer's text, with what is in it so far."""
     inside, kind = written(text, render)
-    return (f'<div class="{kind}" contenteditable="true" role="textbox" aria-multiline="true" data-key="{key}" '
-            f'data-placeholder="Your text ({key}): {html.escape(prompt)}">{inside}</div>')
+    return (
+        f'<div class="{kind}" contenteditable="true" role="textbox" aria-multiline="true" '
+        f'data-key="{key}" '
+        f'data-placeholder="Your text ({key}): {html.escape(prompt)}">{inside}</div>'
+    )
 
 
 def write_body(blocks, analysis, figures, render):
@@ -167,9 +197,12 @@ def write_body(blocks, analysis, figures, render):
 
 def write_page(blocks, title, who, name, analysis, figures, data, render):
     """The whole page as text. name: the document's, under which a browser saves its PDF."""
-    parts = {"TITLE": html.escape(title), "NAME": html.escape(name),
-             "WHO": f'<p class="who">{html.escape(who)}</p>' if who else "",
-             "BODY": write_body(blocks, analysis, figures, render),
-             # "<" is escaped so that no name can end the script element
-             "DATA": json.dumps(data).replace("<", "\\u003c")}
+    parts = {
+        "TITLE": html.escape(title),
+        "NAME": html.escape(name),
+        "WHO": f'<p class="who">{html.escape(who)}</p>' if who else "",
+        "BODY": write_body(blocks, analysis, figures, render),
+        # "<" is escaped so that no name can end the script element
+        "DATA": json.dumps(data).replace("<", "\\u003c"),
+    }
     return PLACE.sub(lambda match: parts[match[1]], PAGE.read_text(encoding="utf-8"))

@@ -1,6 +1,8 @@
-"""The settings and numbers of runs as tables of a report: lists of rows of strings, a header row first.
+"""The settings and numbers of runs as tables of a report: lists of rows of strings, a header row
+first.
 
-Not a program; make_report.py uses it. Settings are what was asked for; everything else is what was recorded.
+Not a program; make_report.py uses it. Settings are what was asked for; everything else is what was
+recorded.
 """
 
 import math
@@ -21,21 +23,34 @@ COINCIDE = 0.02  # mean difference between two curves in [0, 1] below which they
 
 # ---------------------------------------------------------------- settings
 
+
 def read_settings(path):
-    """The flags a run was trained with, from its checkpoint: a dict, or None where no checkpoint has them."""
+    """The flags a run was trained with, from its checkpoint: a dict, or None where no checkpoint
+    has them.
+    """
     for name in ("last.ckpt", "best.ckpt"):
         if (path / name).is_file():
             try:
-                import torch  # only here: the rest of the report needs no torch, and starts faster without
-                args = torch.load(path / name, map_location="cpu", weights_only=True, mmap=True).get("args")
+                # only here: the rest of the report needs no torch, and starts faster without
+                import torch
+
+                args = torch.load(
+                    path / name, map_location="cpu", weights_only=True, mmap=True
+                ).get("args")
             except ImportError:
                 return None
             except Exception as error:  # a damaged archive fails in many ways
-                raise UserError(f"{path / name}: is not a whole checkpoint ({type(error).__name__})") from None
+                raise UserError(
+                    f"{path / name}: is not a whole checkpoint ({type(error).__name__})"
+                ) from None
             if isinstance(args, dict):
                 plain = (str, int, float, bool, type(None))
                 values = {k: v for k, v in args.items() if k not in SILENT and isinstance(v, plain)}
-                for key in ("DR", "ckpt_path", "cache_dir"):  # a report is handed on: folder names only
+                for key in (
+                    "DR",
+                    "ckpt_path",
+                    "cache_dir",
+                ):  # a report is handed on: folder names only
                     if values.get(key):
                         values[key] = Path(values[key]).name
                 return values
@@ -55,11 +70,15 @@ def fmt_setting(value):
 
 def same_values(values):
     """Whether all are equal, and of one type: True is not 1."""
-    return all(v == values[0] and isinstance(v, bool) == isinstance(values[0], bool) for v in values)
+    return all(
+        v == values[0] and isinstance(v, bool) == isinstance(values[0], bool) for v in values
+    )
 
 
 def settings_tables(runs):
-    """(rows of what differs between the runs, rows of what is equal), for the full list at the end."""
+    """(rows of what differs between the runs, rows of what is equal), for the full list at the
+    end.
+    """
     known = with_settings(runs)
     differs, equal = [["Flag", *(r.label for r in known)]], [["Flag", "Value"]]
     for flag in sorted({flag for r in known for flag in r.settings}):
@@ -72,13 +91,17 @@ def settings_tables(runs):
 
 
 def against_template(runs, flags=None):
-    """(a sentence about what all runs set otherwise than the template, rows of what differs between them).
+    """(a sentence about what all runs set otherwise than the template, rows of what differs
+    between them).
 
-    flags: only these; None: all that say what is trained. Both are None where there is nothing to say.
+    flags: only these; None: all that say what is trained. Both are None where there is nothing to
+    say.
     """
     known = with_settings(runs)
     rows, common = [["Flag", "Template", *(r.label for r in known)]], []
-    wanted = flags or sorted({f for r in known for f in r.settings} - OF_THE_MACHINE - {"DR", "seed"})
+    wanted = flags or sorted(
+        {f for r in known for f in r.settings} - OF_THE_MACHINE - {"DR", "seed"}
+    )
     for flag in wanted:
         values = [r.settings.get(flag, "not recorded") for r in known]
         if not known or flag not in TEMPLATE:
@@ -90,11 +113,15 @@ def against_template(runs, flags=None):
     sentence = None
     if common:
         who = "all of these runs" if len(known) > 1 else known[0].label
-        sentence = f"Set otherwise than in the template, whose value is in brackets, in {who}: {', '.join(common)}."
+        sentence = (
+            "Set otherwise than in the template, whose value is in brackets, "
+            f"in {who}: {', '.join(common)}."
+        )
     return sentence, rows if len(rows) > 1 else None
 
 
 # ---------------------------------------------------------------- numbers
+
 
 def fmt(value, digits=4):
     """A number as people write it; an en dash where there is none."""
@@ -115,7 +142,11 @@ def fmt_time(seconds):
 def best_psnr(run):
     """The best validation PSNR as text."""
     h, best = run.history, summarise(run)["best_epoch"]
-    return DASH if best is None else f"{min(HIGHEST_PSNR, h['val_psnr_mean'][h['epoch'] == best][0]):.2f}"
+    return (
+        DASH
+        if best is None
+        else f"{min(HIGHEST_PSNR, h['val_psnr_mean'][h['epoch'] == best][0]):.2f}"
+    )
 
 
 def runs_table(uses):
@@ -123,8 +154,16 @@ def runs_table(uses):
     rows = [["Run", "Serves", "Epochs", "Steps", "Training time", "Best validation PSNR (dB)"]]
     for r, sections in uses:
         steps = DASH if r.steps is None else f"{r.steps['step'][-1]:,.0f}"
-        rows.append([r.label, sections, str(len(r.history["epoch"])), steps, fmt_time(r.history["seconds"]),
-                     best_psnr(r)])
+        rows.append(
+            [
+                r.label,
+                sections,
+                str(len(r.history["epoch"])),
+                steps,
+                fmt_time(r.history["seconds"]),
+                best_psnr(r),
+            ]
+        )
     return rows
 
 
@@ -141,33 +180,86 @@ def cycles(beta):
 
 def beta_table(runs):
     """The weight on KL that was in force."""
-    rows = [["Run", "beta: lowest", "highest", "mean", "rises from 0 to 1", "kl_weight", "weight on KL: highest"]]
+    rows = [
+        [
+            "Run",
+            "beta: lowest",
+            "highest",
+            "mean",
+            "rises from 0 to 1",
+            "kl_weight",
+            "weight on KL: highest",
+        ]
+    ]
     for r in runs:
         beta, weight = by_step(r, "beta")[1], by_step(r, "weight")[1]
-        rows.append([r.label, *(fmt(float(f(beta)), 3) for f in (np.min, np.max, np.mean)), str(cycles(beta)),
-                     fmt(float(r.history["kl_weight"][-1]), 3), fmt(float(weight.max()), 3)])
+        rows.append(
+            [
+                r.label,
+                *(fmt(float(f(beta)), 3) for f in (np.min, np.max, np.mean)),
+                str(cycles(beta)),
+                fmt(float(r.history["kl_weight"][-1]), 3),
+                fmt(float(weight.max()), 3),
+            ]
+        )
     return rows
 
 
 def loss_table(runs):
-    rows = [["Run", "Epochs", "Total loss, last epoch", "Reconstruction", "weight x KL", "KL (nats)", "MSE",
-             "Lowest MSE (epoch)", "Best PSNR (dB)", "Steps skipped"]]
+    rows = [
+        [
+            "Run",
+            "Epochs",
+            "Total loss, last epoch",
+            "Reconstruction",
+            "weight x KL",
+            "KL (nats)",
+            "MSE",
+            "Lowest MSE (epoch)",
+            "Best PSNR (dB)",
+            "Steps skipped",
+        ]
+    ]
     for r in runs:
         h, low = r.history, DASH
         if np.isfinite(h["train_mse"]).any():
             at = np.where(np.isfinite(h["train_mse"]), h["train_mse"], np.inf).argmin()
             low = f"{fmt(h['train_mse'][at])} ({h['epoch'][at]:g})"
         part = fmt(h["train_reconstruction"][-1]) + f" ({objective(r)})"
-        rows.append([r.label, str(len(h["epoch"])), fmt(h["train_loss"][-1]), part,
-                     fmt(h["train_loss"][-1] - h["train_reconstruction"][-1], 3), fmt(h["train_kl"][-1]),
-                     fmt(h["train_mse"][-1]), low, best_psnr(r), f"{np.nansum(h['skipped_steps']):g}"])
+        rows.append(
+            [
+                r.label,
+                str(len(h["epoch"])),
+                fmt(h["train_loss"][-1]),
+                part,
+                fmt(h["train_loss"][-1] - h["train_reconstruction"][-1], 3),
+                fmt(h["train_kl"][-1]),
+                fmt(h["train_mse"][-1]),
+                low,
+                best_psnr(r),
+                f"{np.nansum(h['skipped_steps']):g}",
+            ]
+        )
     return rows
 
 
 def forcing_table(runs):
     """The teacher forcing that was in force, and the reconstruction around its drop."""
-    rows = [["Run", "Ratio: first", "lowest", "mean", "share forced", "Drop begins (epoch)", "Lowest from (epoch)",
-             "Reconstruction: at the drop", "at the lowest", "last epoch", "Best PSNR (dB)"]]
+    rows = [
+        [
+            "Run",
+            "Ratio: first",
+            "lowest",
+            "mean",
+            "share forced",
+            "Drop begins (epoch)",
+            "Lowest from (epoch)",
+            "Reconstruction: at the drop",
+            "at the lowest",
+            "last epoch",
+            "Best PSNR (dB)",
+        ]
+    ]
     for r in runs:
         x, ratio = by_step(r, "tfr")
         part_x, part = by_step(r, "reconstruction")
@@ -177,30 +269,72 @@ def forcing_table(runs):
         near = lambda at: fmt(None if at is None else float(part[np.abs(part_x - x[at]).argmin()]))
         place = lambda at: DASH if at is None else f"{x[at]:.2f}"
         share = float(np.mean(by_step(r, "tf_share")[1]))
-        rows.append([r.label, *(fmt(float(v), 3) for v in (ratio[0], ratio.min(), ratio.mean(), share)),
-                     place(begin), place(end), near(begin), near(end), fmt(r.history["train_reconstruction"][-1]),
-                     best_psnr(r)])
+        rows.append(
+            [
+                r.label,
+                *(fmt(float(v), 3) for v in (ratio[0], ratio.min(), ratio.mean(), share)),
+                place(begin),
+                place(end),
+                near(begin),
+                near(end),
+                fmt(r.history["train_reconstruction"][-1]),
+                best_psnr(r),
+            ]
+        )
     return rows
 
 
 def psnr_table(runs):
-    rows = [["Run", "Best epoch", "Mean (dB)", "Median", "First frame", "Last frame", "Lowest (frame)",
-             "Highest (frame)"]]
+    rows = [
+        [
+            "Run",
+            "Best epoch",
+            "Mean (dB)",
+            "Median",
+            "First frame",
+            "Last frame",
+            "Lowest (frame)",
+            "Highest (frame)",
+        ]
+    ]
     return rows + [[row["run"], *psnr_cells(row)] for row in map(summarise, runs)]
 
 
 def speed_table(runs):
-    rows = [["Run", "Best validation PSNR (dB)", "at epoch", "Learning rate: highest", "lowest", "Frames per second",
-             "Training time"]]
+    rows = [
+        [
+            "Run",
+            "Best validation PSNR (dB)",
+            "at epoch",
+            "Learning rate: highest",
+            "lowest",
+            "Frames per second",
+            "Training time",
+        ]
+    ]
     for r in runs:
         h, rate = r.history, by_step(r, "lr")[1]
-        speed = float(np.nanmedian(h["frames_per_second"])) if np.isfinite(h["frames_per_second"]).any() else None
-        rows.append([r.label, best_psnr(r), fmt(summarise(r)["best_epoch"]), fmt(float(rate.max()), 3),
-                     fmt(float(rate.min()), 3), fmt(speed, 3), fmt_time(h["seconds"])])
+        speed = (
+            float(np.nanmedian(h["frames_per_second"]))
+            if np.isfinite(h["frames_per_second"]).any()
+            else None
+        )
+        rows.append(
+            [
+                r.label,
+                best_psnr(r),
+                fmt(summarise(r)["best_epoch"]),
+                fmt(float(rate.max()), 3),
+                fmt(float(rate.min()), 3),
+                fmt(speed, 3),
+                fmt_time(h["seconds"]),
+            ]
+        )
     return rows
 
 
 # ---------------------------------------------------------------- what a comparison is worth
+
 
 def curve(run, quantity, places=400):
     """A recorded schedule at equal shares of the run."""
@@ -209,13 +343,19 @@ def curve(run, quantity, places=400):
 
 
 def warnings(runs, quantity, name):
-    """Sentences about recorded schedules that compare nothing: equal ones, annealed ones that never reach 1."""
+    """Sentences about recorded schedules that compare nothing: equal ones, annealed ones that
+    never reach 1.
+    """
     said = []
     for i, a in enumerate(runs):
-        for b in runs[i + 1:]:
+        for b in runs[i + 1 :]:
             if np.abs(curve(a, quantity) - curve(b, quantity)).mean() < COINCIDE:
-                said.append(f"{a.label} and {b.label} had the same {name} throughout: "
-                            f"what differs between them is not the effect of {name}.")
+                said.append(
+                    f"{a.label} and {b.label} had the same {name} throughout: "
+                    f"what differs between them is not the effect of {name}."
+                )
         if quantity == "beta" and by_step(a, "beta")[1].max() < 0.85:
-            said.append(f"{a.label} never reached beta = 1 (highest {by_step(a, 'beta')[1].max():.2f}).")
+            said.append(
+                f"{a.label} never reached beta = 1 (highest {by_step(a, 'beta')[1].max():.2f})."
+            )
     return said

@@ -1,6 +1,8 @@
-"""Read what Trainer.py left in its run folders; plot_runs.py and make_report.py draw and write from it.
+"""Read what Trainer.py left in its run folders; plot_runs.py and make_report.py draw and write from
+it.
 
-Not a program. `load_runs` returns one namespace a folder: path, name, label (the name in figures), history, steps, psnr.
+Not a program. `load_runs` returns one namespace a folder: path, name, label (the name in figures),
+history, steps, psnr.
 """
 
 import csv
@@ -15,15 +17,23 @@ from utils.files import HISTORY, STEPS
 
 HIGHEST_PSNR = 100.0  # dB; the error of a frame is not counted below 1e-10
 WITHOUT = "w/o annealing (beta = 1)"
-# the column of history.csv that has a quantity's mean over an epoch; steps.csv calls it by the quantity
-BY_EPOCH = {"loss": "train_loss", "reconstruction": "train_reconstruction", "mse": "train_mse", "kl": "train_kl"}
+# the column of history.csv that has a quantity's mean over an epoch; steps.csv calls it by the
+# quantity
+BY_EPOCH = {
+    "loss": "train_loss",
+    "reconstruction": "train_reconstruction",
+    "mse": "train_mse",
+    "kl": "train_kl",
+}
 
 
 def read_rows(path, columns):
-    """The header of a CSV file that has at least `columns`, and its rows as (line number, cells)."""
+    """The header of a CSV file with at least `columns`, and its rows as (line number, cells)."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = [(reader.line_num, row) for reader in [csv.reader(file)] for row in reader if row]
+            rows = [
+                (reader.line_num, row) for reader in [csv.reader(file)] for row in reader if row
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV: {error}") from None
     if not rows:
@@ -31,14 +41,18 @@ def read_rows(path, columns):
     header = [name.strip() for name in rows[0][1]]
     missing = [name for name in columns if name not in header]
     if missing:
-        raise UserError(f"{path}: lacks the column {', '.join(missing)}; expected {','.join(columns)}")
+        raise UserError(
+            f"{path}: lacks the column {', '.join(missing)}; expected {','.join(columns)}"
+        )
     if len(rows) == 1:
         raise UserError(f"{path}: has a header and no rows; the first epoch has not ended")
     return header, rows[1:]
 
 
 def read_number(name, cell):
-    """The number in a cell: NaN where it is empty, inf where it is not finite; PSNR ends at 100 dB."""
+    """The number in a cell: NaN where it is empty, inf where it is not finite; PSNR ends at 100
+    dB.
+    """
     if not cell.strip():
         return math.nan
     value = float(cell)
@@ -50,7 +64,8 @@ def read_number(name, cell):
 def read_table(path, columns):
     """{column: float array} of a CSV file whose header has at least `columns`.
 
-    An empty cell was not measured: NaN. A cell that says nan or inf was measured and is not finite: inf, so that it gets shown.
+    An empty cell was not measured: NaN. A cell that says nan or inf was measured and is not finite:
+    inf, so that it gets shown.
     """
     header, rows = read_rows(path, columns)
     values = []
@@ -70,7 +85,11 @@ def read_table(path, columns):
 
 def name_runs(paths):
     """A name for each folder: its own, or as much of its path as tells it from the others."""
-    for name in (lambda p: p.resolve().name, lambda p: str(Path(p.resolve().parent.name) / p.resolve().name), str):
+    for name in (
+        lambda p: p.resolve().name,
+        lambda p: str(Path(p.resolve().parent.name) / p.resolve().name),
+        str,
+    ):
         names = [name(path) for path in paths]
         if len(set(names)) == len(names):
             break
@@ -90,11 +109,18 @@ class Run(SimpleNamespace):
 
 def read_run(path, name):
     """One run folder as a namespace."""
-    optional = lambda file, columns: read_table(path / file, columns) if (path / file).is_file() else None
-    run = Run(path=path, name=name, history=read_table(path / "history.csv", HISTORY),
-                          steps=optional("steps.csv", STEPS), psnr=optional("psnr_per_frame.csv", ("frame", "psnr")))
+    optional = lambda file, columns: (
+        read_table(path / file, columns) if (path / file).is_file() else None
+    )
+    run = Run(
+        path=path,
+        name=name,
+        history=read_table(path / "history.csv", HISTORY),
+        steps=optional("steps.csv", STEPS),
+        psnr=optional("psnr_per_frame.csv", ("frame", "psnr")),
+    )
     own = Path(name).name.lower() in ("none", "without") and without_annealing(run)
-    run.label = name[:-len(Path(name).name)] + WITHOUT if own else name
+    run.label = name[: -len(Path(name).name)] + WITHOUT if own else name
     return run
 
 
@@ -105,7 +131,10 @@ def load_runs(paths):
         if not path.is_dir():
             raise UserError(f"{path}: no such run folder")
         if not (path / "history.csv").is_file():
-            raise UserError(f"{path}: has no history.csv; expected a folder that Trainer.py wrote (its --save_root)")
+            raise UserError(
+                f"{path}: has no history.csv; expected a folder that Trainer.py wrote (its "
+                f"--save_root)"
+            )
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("RUN: the same folder is given twice")
     return [read_run(path, name) for path, name in zip(paths, name_runs(paths))]
@@ -114,13 +143,19 @@ def load_runs(paths):
 def objective(run):
     """What measured the reconstruction, seen from the numbers alone: "MSE" or "log-MSE"."""
     h = run.history
-    return "MSE" if np.allclose(h["train_reconstruction"], h["train_mse"], rtol=1e-3, equal_nan=True) else "log-MSE"
+    return (
+        "MSE"
+        if np.allclose(h["train_reconstruction"], h["train_mse"], rtol=1e-3, equal_nan=True)
+        else "log-MSE"
+    )
 
 
 def kl_weight(run, epochs):
     """The constant factor beside beta at decimal epochs."""
     h = run.history
-    return h["kl_weight"][np.clip(np.searchsorted(h["epoch"], np.floor(epochs)), 0, len(h["epoch"]) - 1)]
+    return h["kl_weight"][
+        np.clip(np.searchsorted(h["epoch"], np.floor(epochs)), 0, len(h["epoch"]) - 1)
+    ]
 
 
 def by_epoch(run, quantity):
@@ -132,7 +167,9 @@ def by_epoch(run, quantity):
 
 
 def by_step(run, quantity):
-    """(x, y) of a quantity from steps.csv, x in epochs; the means over the epochs where there is no such file."""
+    """(x, y) of a quantity from steps.csv, x in epochs; the means over the epochs where there is
+    no such file.
+    """
     if run.steps is None:
         return by_epoch(run, quantity)
     s = run.steps
@@ -147,17 +184,36 @@ def summarise(run):
     row = {"run": run.label, "epochs": len(mean), "best_epoch": None}
     if np.isfinite(mean).any():
         best = np.argmax(np.where(np.isfinite(mean), mean, -np.inf))
-        # a run that went on in another folder has better epochs in its history than the one whose files are there
-        same = [] if run.psnr is None else np.flatnonzero(np.isclose(mean, run.psnr["psnr"].mean(), rtol=0, atol=1e-6))
+        # a run that went on in another folder has better epochs in its history than the one whose
+        # files are there
+        same = (
+            []
+            if run.psnr is None
+            else np.flatnonzero(np.isclose(mean, run.psnr["psnr"].mean(), rtol=0, atol=1e-6))
+        )
         if len(same) and best not in same:
             best = same[-1]
         row["best_epoch"] = int(history["epoch"][best])
-    keys = "psnr_mean psnr_median psnr_first psnr_last psnr_min psnr_min_frame psnr_max psnr_max_frame".split()
+    places = "mean median first last min min_frame max max_frame".split()
+    keys = [f"psnr_{place}" for place in places]
     row.update(dict.fromkeys(keys))
     if run.psnr is not None and np.isfinite(run.psnr["psnr"]).any():
         keep = np.isfinite(run.psnr["psnr"])
         frame, psnr = run.psnr["frame"][keep], run.psnr["psnr"][keep]
         low, high = psnr.argmin(), psnr.argmax()
-        row.update(zip(keys, [psnr.mean(), np.median(psnr), psnr[0], psnr[-1],
-                              psnr[low], int(frame[low]), psnr[high], int(frame[high])]))
+        row.update(
+            zip(
+                keys,
+                [
+                    psnr.mean(),
+                    np.median(psnr),
+                    psnr[0],
+                    psnr[-1],
+                    psnr[low],
+                    int(frame[low]),
+                    psnr[high],
+                    int(frame[high]),
+                ],
+            )
+        )
     return row

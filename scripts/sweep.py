@@ -1,16 +1,20 @@
-"""Train several runs that differ in one thing, then draw figures and write the report; called by sweep_kl.sh and sweep_tfr.sh.
+"""Train runs that differ in one thing, then draw figures and write the report.
 
     python scripts/sweep.py kl DATA OUT [--jobs N] [any Trainer flags]
     python scripts/sweep.py tfr DATA OUT [--jobs N] [any Trainer flags]
 
-Each run lands in OUT/{name}/, with what it printed in OUT/{name}/train.log; figures and report.html land in OUT/. Called again,
-it skips the runs that are done and goes on with the others where they stopped. OUT/sweep.json holds the flags of the sweep and
-the runs that are done. Exit status: 0 done, 1 a run failed, 2 wrong input (also where every failed run says so), 130 and 143
-stopped by Ctrl-C and SIGTERM.
+sweep_kl.sh and sweep_tfr.sh call it. Before training, the curves of the strategies are laid out: a
+sweep whose runs would not differ, or never reach 0 or 1, is refused. Each run lands in OUT/{name}/,
+with what it printed in OUT/{name}/train.log; figures and report.html land in OUT/. Called again,
+the sweep skips the runs that are done and resumes the others. OUT/sweep.json holds the flags of the
+sweep and the runs that are done. Exit status: 0 done, 1 a run failed, 2 wrong input (also where
+every failed run says so), 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
+import argparse
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,90 +24,248 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from utils.cli import UserError, number, run, say
-from utils.options import OF_THE_MACHINE
-from utils.files import atomic, locked
+from utils.cli import UserError, number, run, say  # noqa: E402
+from utils.files import atomic, locked  # noqa: E402
+from utils.options import OF_THE_MACHINE  # noqa: E402
+from utils.schedules import beta_at, continuous, teacher_forcing_ratio  # noqa: E402
 
 # a sweep may go on with other values of these
 NOT_COMPARED = OF_THE_MACHINE - {"ckpt_path", "max_minutes"} | {"checkpoint_steps"}
 FORBIDDEN = {"DR", "save_root", "resume", "test"}  # the sweep's own business
-TURNED = {"kl": ["kl_anneal_type"], "tfr": ["tfr", "tfr_sde", "tfr_d_step"]}  # what a sweep itself sets
+# what differs between the runs of a sweep, or must not
+TURNED = {
+    "kl": {"kl_anneal_type"},
+    "tfr": {"tfr", "tfr_sde", "tfr_d_step", "tfr_min", "kl_anneal_type"},
+}
+CYCLES = {"kl_anneal_cycle": 4, "kl_anneal_ratio": 0.5}  # Fu et al. 2019, section 4
+VISIBLE_KL = 1e-4  # a weight on KL beside which the reconstruction can be seen in the loss
+REACHED = 0.1  # a curve has reached 0 or 1 where it is nearer than this
+FEWEST = 0.05  # share of the run in which a curve must be near 1
+SAME = 0.02  # curves with a smaller mean difference coincide
 POLL = 0.2  # seconds between two looks at the children
 
 
 # ---------------------------------------------------------------- what is trained
 
-def kl_runs(num_epoch):
+
+def kl_runs(args):
     """The three strategies of the assignment: {name: flags}."""
-    return {kind: ["--kl_anneal_type", kind] for kind in ("Cyclical", "Monotonic", "None")}
+    return {kind: {"kl_anneal_type": kind} for kind in ("Cyclical", "Monotonic", "None")}
 
 
-def tfr_runs(num_epoch):
-    """Four teacher forcing strategies: {name: flags}.
+def tfr_runs(args):
+    """Four teacher forcing strategies: {name: flags}; beta is 1 throughout in all of them.
 
-    Both decays take a seventh of the run, the template's 10 of 70 epochs; one starts after a seventh as the template's does,
-    the other after four sevenths. In short runs they take two epochs at least, so that there is a slope to see.
+    Both decays take a seventh of the run. One starts after a seventh as the template's does, the
+    other
+    after four.
     """
-    if num_epoch < 3:
-        raise UserError(f"--num_epoch {num_epoch}: expected at least 3, or the decays of teacher forcing don't show")
-    length = max(2, round(num_epoch / 7))
-    step = -(-1_000_000 // length) / 1_000_000  # 1 / length rounded up, so that the last step reaches 0
-    early = max(1, round(num_epoch / 7))
-    late = max(early + 1, round(num_epoch * 4 / 7))
-    flags = lambda tfr, start, drop: ["--tfr", str(tfr), "--tfr_sde", str(start), "--tfr_d_step", str(drop)]
-    return {"always": flags(1, early, 0), "decay_late": flags(1, late, step),
-            "decay_early": flags(1, early, step), "never": flags(0, early, 0)}
+    n = args.num_epoch
+    length, step = decay_length(n), drop(decay_length(n))
+    early = max(1, round(n / 7))
+    latest = n - length + continuous(args)  # so that it reaches 0 in the last epoch
+    late = min(max(early + 1, round(n * 4 / 7)), max(early, latest))
+    flags = lambda tfr, sde, d_step: {
+        "tfr": tfr,
+        "tfr_sde": sde,
+        "tfr_d_step": d_step,
+        "tfr_min": 0,
+        "kl_anneal_type": "None",
+    }
+    return {
+        "always": flags(1, early, 0),
+        "decay_late": flags(1, late, step),
+        "decay_early": flags(1, early, step),
+        "never": flags(0, early, 0),
+    }
 
 
-def parse(argv):
-    """The command line as (kind, data, out, jobs, num_epoch, {flag: words} to hand to Trainer.py). Checks every flag now, once."""
+def own_defaults(kind, args):
+    """What a sweep sets where the command line says nothing, so that other factors are out of the
+    way.
+    """
+    own = {"seed": args.seed}
+    if kind == "tfr":
+        own["kl_weight"] = min(VISIBLE_KL, args.kl_weight)
+    else:
+        own.update(CYCLES)
+        if not {"tfr", "tfr_sde", "tfr_d_step"} & set(
+            args.given
+        ):  # the template's decay, fitted to the run
+            own.update(
+                tfr_sde=max(1, round(args.num_epoch / 7)),
+                tfr_d_step=drop(decay_length(args.num_epoch)),
+            )
+    return own
+
+
+def decay_length(num_epoch):
+    """Epochs of a decay of teacher forcing: the template's 10 of 70, two in short runs, for a
+    slope to see.
+    """
+    return max(2 if num_epoch >= 4 else 1, round(num_epoch / 7))
+
+
+def drop(length):
+    """1 / length rounded up, so that the last step reaches 0."""
+    return math.ceil(1e6 / length) / 1e6
+
+
+RUNS = {"kl": kl_runs, "tfr": tfr_runs}
+QUANTITY = {"kl": ("beta", beta_at), "tfr": ("teacher forcing ratio", teacher_forcing_ratio)}
+FLAT = {"None", "always", "never"}  # strategies that need not move
+
+
+def curves(kind, args):
+    """The schedule of each strategy over the run: {name: values}."""
+    places = 1000 if continuous(args) else args.num_epoch
+    at = [args.num_epoch * (i + 0.5) / places if continuous(args) else i for i in range(places)]
+    schedule = QUANTITY[kind][1]
+    return {
+        name: [schedule(argparse.Namespace(**{**vars(args), **flags}), e) for e in at]
+        for name, flags in RUNS[kind](args).items()
+    }
+
+
+def problem(kind, args):
+    """Why the strategies could not be told apart, or are not what they are called; None where all
+    is well.
+    """
+    laid_out, what = curves(kind, args), QUANTITY[kind][0]
+    for name, values in laid_out.items():
+        high = sum(value >= 1 - REACHED for value in values)
+        if name not in FLAT and not high:
+            return f"{name} never reaches a {what} of 1 ({max(values):.2f} at most)"
+        if kind == "kl" and name not in FLAT and high < FEWEST * len(values):
+            return f"{name} reaches a {what} of 1 in {high} of {len(values)} epochs only"
+        if name not in FLAT and min(values) > REACHED:
+            return f"{name} never reaches a {what} of 0 ({min(values):.2f} at least)"
+    names = list(laid_out)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            difference = sum(abs(x - y) for x, y in zip(laid_out[a], laid_out[b])) / len(
+                laid_out[a]
+            )
+            if difference < SAME:
+                return f"{a} and {b} have the same {what} throughout"
+    return None
+
+
+def remedies(kind, args):
+    """The changes of flags that would help, as text."""
+    changed = lambda **flags: argparse.Namespace(**{**vars(args), **flags})
+    found = []
+    cycles = " ".join(f"--{flag} {value}" for flag, value in CYCLES.items())
+    if kind == "kl" and problem(kind, changed(**CYCLES)) is None:
+        found.append(cycles)
+    longer = (
+        n
+        for n in range(args.num_epoch + 1, args.num_epoch + 500)
+        if problem(kind, changed(num_epoch=n)) is None
+    )
+    enough = next(longer, None)
+    if enough:
+        found.append(f"--num_epoch {enough}")
+    if not continuous(args) and problem(kind, changed(recipe="pool")) is None:
+        found.append("--recipe pool")
+    return " or ".join(found) or f"{cycles} and more epochs"
+
+
+def check_curves(kind, args):
+    """UserError where a sweep would compare nothing."""
+    if args.max_minutes and not continuous(args):
+        raise UserError(
+            "--max_minutes: with --recipe template schedules go by whole epochs, and how many of "
+            "them fit is not known before; expected --num_epoch, or --recipe pool"
+        )
+    reason = problem(kind, args)
+    if reason:
+        raise UserError(f"--num_epoch {args.num_epoch}: {reason}; expected {remedies(kind, args)}")
+
+
+def sweep_parser(kind):
+    """Trainer.py's parser, for the sweep's command line."""
     from Trainer import build_parser  # here: it loads torch, which takes seconds
-    kind = argv[0] if argv else ""
-    if kind not in TURNED:
-        raise UserError(f"sweep.py {kind}: expected kl or tfr")
+
     parser = build_parser()
     parser.prog = f"sweep_{kind}.sh"
     parser.usage = "%(prog)s DATA OUT [--jobs N] [any Trainer flags]"
-    turned = ", ".join(f"--{flag}" for flag in TURNED[kind])
-    parser.description = f"Train runs that differ in {turned} alone, then draw figures and write report.html."
+    turned = ", ".join(f"--{flag}" for flag in sorted(TURNED[kind]))
+    parser.description = (
+        f"Train runs whose {turned} the sweep sets, then draw figures and write report.html."
+    )
     parser.epilog = None
-    parser.add_argument("data", metavar="DATA", help="data folder, with train/, val/ and test/ in it")
-    parser.add_argument("out", metavar="OUT", help="folder for the runs, the figures and the report")
-    parser.add_argument("--jobs", type=number(int, 1, 64), default=1, metavar="N", help="runs at a time")
+    parser.add_argument(
+        "data", metavar="DATA", help="data folder, with train/, val/ and test/ in it"
+    )
+    parser.add_argument(
+        "out", metavar="OUT", help="folder for the runs, the figures and the report"
+    )
+    parser.add_argument(
+        "--jobs", type=number(int, 1, 64), default=1, metavar="N", help="runs at a time"
+    )
+    return parser
+
+
+def parse(argv):
+    """The command line as (kind, args, {flag: words to hand to Trainer.py}). Checks every flag
+    now, once.
+    """
+    kind = argv[0] if argv else ""
+    if kind not in TURNED:
+        raise UserError(f"sweep.py {kind}: expected kl or tfr")
+    parser = sweep_parser(kind)
     args = parser.parse_args(argv[1:])
     flags = {}
     for action in parser._actions:
         if action.dest in args.given and action.dest not in ("data", "out", "jobs"):
             if action.dest in FORBIDDEN or action.dest in TURNED[kind]:
-                raise UserError(f"--{action.dest}: is set by the sweep itself; leave it out")
+                raise UserError(
+                    f"--{action.dest}: is set by the sweep itself; expected it left out"
+                )
             value = getattr(args, action.dest)
             flags[action.dest] = [f"--{action.dest}"] + ([] if action.nargs == 0 else [str(value)])
-    flags.setdefault("seed", ["--seed", str(args.seed)])
+    for flag, value in own_defaults(kind, args).items():
+        if flag not in flags:
+            setattr(args, flag, value)
+            flags[flag] = [f"--{flag}", str(value)]
     if not Path(args.data).is_dir():
         raise UserError(f"DATA {args.data}: no such folder")
-    return kind, Path(args.data), Path(args.out), args.jobs, args.num_epoch, flags
+    check_curves(kind, args)
+    return kind, args, flags
 
 
 # ---------------------------------------------------------------- what is remembered between calls
+
 
 class Record:
     """OUT/sweep.json: the flags that make the sweep's runs comparable, and which runs are done."""
 
     def __init__(self, out, kind, data, flags):
         self.path, self.out = out / "sweep.json", out
-        wanted = {"sweep": kind, "data": str(data.resolve()),
-                  "flags": sorted(" ".join(words) for name, words in flags.items() if name not in NOT_COMPARED)}
+        wanted = {
+            "sweep": kind,
+            "data": str(data.resolve()),
+            "flags": sorted(
+                " ".join(words) for name, words in flags.items() if name not in NOT_COMPARED
+            ),
+        }
         self.content = {**wanted, "done": []}
         if self.path.is_file():
             try:
                 before = json.loads(self.path.read_text(encoding="utf-8"))
                 self.content = {key: before[key] for key in (*wanted, "done")}
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self.path}: is not a sweep's record; remove it to go on with the runs as they are") from None
+                raise UserError(
+                    f"{self.path}: is not a sweep's record; remove it to go on with the runs as "
+                    f"they are"
+                ) from None
             for key, value in wanted.items():
                 if self.content[key] != value:
-                    raise UserError(f"OUT {out}: holds a sweep with {key} {self.content[key]}, not {value}; expected the same, "
-                                    f"or another OUT, or {self.path.name} there removed")
+                    raise UserError(
+                        f"OUT {out}: holds a sweep with {key} {self.content[key]}, not {value}; "
+                        f"expected the same, or another OUT, or {self.path.name} there removed"
+                    )
         self.save()
 
     def save(self):
@@ -120,9 +282,14 @@ class Record:
 
 # ---------------------------------------------------------------- training
 
+
 def last_line(log):
     """What a run said last."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     return lines[-1] if lines else "nothing printed"
 
 
@@ -137,12 +304,17 @@ def last_epoch(folder):
 
 
 def tell_epoch(name, row, num_epoch):
+    """Print a row of a run's history."""
     short = lambda key: f"{float(row[key]):.4g}" if row.get(key) else "-"
-    say(f"{name}: epoch {int(row['epoch']) + 1} of {num_epoch}, loss {short('train_loss')}, validation PSNR {short('val_psnr_mean')} dB")
+    psnr = f"{min(100, float(row.get('val_psnr_mean') or 'nan')):.2f} dB"
+    say(
+        f"{name}: epoch {int(row['epoch']) + 1} of {num_epoch}, loss {short('train_loss')}, "
+        f"validation PSNR {psnr.replace('nan dB', '-')}"
+    )
 
 
 def start(name, words, out, jobs):
-    """Start one command, a script of the root and its words, in a session of its own: Ctrl-C reaches it through us, once."""
+    """Start a script of the root, words[0], in a session of its own: Ctrl-C reaches it once."""
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / words[0]), *words[1:]]
@@ -152,22 +324,37 @@ def start(name, words, out, jobs):
     with open(folder / "train.log", "a", encoding="utf-8") as log:
         log.write(f"\n$ {' '.join(command)}\n")
         log.flush()
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env,
-                                start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
 
 
 class Stop:
-    """Remembers the signals that ask the sweep to stop: the first lets the runs save, the second does not wait."""
+    """Remembers the signals that ask the sweep to stop: the first lets the runs save, the second
+    does not wait.
+    """
 
     def __init__(self):
         self.signals = []
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; nohup has it ignored
-            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
-                signal.signal(getattr(signal, name), lambda received, _: self.signals.append(received))
+            if (
+                hasattr(signal, name)
+                and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN
+            ):
+                signal.signal(
+                    getattr(signal, name), lambda received, _: self.signals.append(received)
+                )
 
 
 def train_all(runs, out, jobs, num_epoch, record, stop):
-    """Train what is not done, `jobs` at a time. Returns {name: exit status} of the runs that failed."""
+    """Train what is not done, `jobs` at a time. Returns {name: exit status} of the runs that
+    failed.
+    """
     waiting = [name for name in runs if not record.done(name)]
     for name in runs:
         if name not in waiting:
@@ -179,7 +366,10 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
             row = last_epoch(out / name)
             seen[name] = row and row["epoch"]
             running[name] = start(name, runs[name], out, jobs)
-            say(f"{name}: {'started' if row is None else 'goes on'}, its output goes to {out / name / 'train.log'}")
+            say(
+                f"{name}: {'started' if row is None else 'goes on'}, its output goes to "
+                f"{out / name / 'train.log'}"
+            )
         if len(stop.signals) > asked:
             if asked == 0 and running:
                 say(f"stopping: {', '.join(running)} will save first; once more to stop at once")
@@ -217,40 +407,52 @@ def tell_failed(failed, out):
     """Print a line for each run that failed; failed: {name: exit status}. Returns the exit status."""
     for name, status in failed.items():
         log = out / name / "train.log"
-        print(f"{name} failed with status {status}: {last_line(log)} (all of it: {log})", file=sys.stderr)
+        print(f"{name} failed with status {status}: {last_line(log)} (all of it: {log})",
+              file=sys.stderr)
     return 2 if set(failed.values()) == {2} else 1
 
 
-def write_report(folders, out):
+def write_report(kind, folders, out):
     """Figures and page of all runs that have a history. Returns the exit status."""
     if not folders:
         return 0
     say(f"figures and report of {', '.join(folder.name for folder in folders)}")
-    return subprocess.run([sys.executable, str(ROOT / "scripts" / "make_report.py"), *map(str, folders), "-o", str(out)]).returncode
+    script = ROOT / "scripts" / "make_report.py"
+    command = [sys.executable, str(script), f"--{kind}", *map(str, folders), "-o", str(out)]
+    return subprocess.run(command).returncode
+
+
+def sweep(kind, args, flags, out):
+    """Train and report, with the folder held. Returns ({name: exit status} of what failed, exit
+    status).
+    """
+    record = Record(out, kind, Path(args.data), flags)
+    common = [word for words in flags.values() for word in words]
+    runs = {}
+    for name, turned in RUNS[kind](args).items():
+        words = [word for flag, value in turned.items() for word in (f"--{flag}", str(value))]
+        runs[name] = ["Trainer.py", "--DR", args.data, "--save_root", str(out / name), "--resume",
+                      *words, *common]
+    stop = Stop()
+    failed = train_all(runs, out, args.jobs, args.num_epoch, record, stop)
+    if stop.signals:
+        say("stopped; the same command resumes it")
+        return {}, 128 + stop.signals[0]
+    with_history = [out / name for name in runs if (out / name / "history.csv").is_file()]
+    return failed, write_report(kind, with_history, out)
 
 
 def main():
-    kind, data, out, jobs, num_epoch, flags = parse(sys.argv[1:])
-    turned = {"kl": kl_runs, "tfr": tfr_runs}[kind](num_epoch)
-    if kind == "tfr" and "max_minutes" in flags:
-        starts = " and ".join(words[words.index("--tfr_sde") + 1] for name, words in turned.items() if "decay" in name)
-        say(f"--max_minutes: the decays start in epochs {starts}, as --num_epoch {num_epoch} places them, and runs of fewer epochs don't show them")
+    kind, args, flags = parse(sys.argv[1:])
+    out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, "OUT", "sweep"):
-            record = Record(out, kind, data, flags)
-            common = [word for words in flags.values() for word in words]
-            runs = {name: ["Trainer.py", "--DR", str(data), "--save_root", str(out / name), "--resume", *words, *common]
-                    for name, words in turned.items()}
-            stop = Stop()
-            failed = train_all(runs, out, jobs, num_epoch, record, stop)
-            if stop.signals:
-                say("stopped; the same command goes on from here")
-                return 128 + stop.signals[0]
-            reported = write_report([out / name for name in runs if (out / name / "history.csv").is_file()], out)
+            failed, status = sweep(kind, args, flags, out)
     except OSError as error:
-        raise UserError(f"OUT {out}: {error.strerror or error}") from None
-    return tell_failed(failed, out) if failed else reported
+        raise UserError(f"OUT {out}: {error.strerror or error}; "
+                        f"expected a folder that can be written") from None
+    return tell_failed(failed, out) if failed else status
 
 
 if __name__ == "__main__":

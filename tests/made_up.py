@@ -17,8 +17,17 @@ PER_EPOCH = 6  # rows of steps.csv an epoch
 def schedules(kind, epochs, tfr, recipe):
     """The flags that schedules read."""
     start, sde, drop = tfr
-    return argparse.Namespace(recipe=recipe, num_epoch=epochs, kl_anneal_type=kind, kl_anneal_cycle=4,
-                              kl_anneal_ratio=0.5, tfr=start, tfr_sde=sde, tfr_d_step=drop, tfr_min=0)
+    return argparse.Namespace(
+        recipe=recipe,
+        num_epoch=epochs,
+        kl_anneal_type=kind,
+        kl_anneal_cycle=4,
+        kl_anneal_ratio=0.5,
+        tfr=start,
+        tfr_sde=sde,
+        tfr_d_step=drop,
+        tfr_min=0,
+    )
 
 
 def step_rows(args, kl_weight, log_mse, noise):
@@ -33,7 +42,18 @@ def step_rows(args, kl_weight, log_mse, noise):
         kl = 60 * (0.5 + math.exp(-e / 12)) * (1 + 0.1 * noise.random()) / (0.2 + beta)
         part = 1e-3 * math.log1p(mse / 1e-5) if log_mse else mse
         share = sum(noise.random() < ratio for _ in range(40)) / 40
-        values = (25 * (n + 1), e, 0.001, ratio, share, beta, part + beta * kl_weight * kl, part, mse, kl)
+        values = (
+            25 * (n + 1),
+            e,
+            0.001,
+            ratio,
+            share,
+            beta,
+            part + beta * kl_weight * kl,
+            part,
+            mse,
+            kl,
+        )
         rows.append(dict(zip(STEPS, values)))
     return rows
 
@@ -42,12 +62,28 @@ def history_rows(rows, kl_weight, noise):
     """The rows of history.csv: means over the epochs of steps.csv's rows."""
     history = []
     for e in range(len(rows) // PER_EPOCH):
-        block = rows[e * PER_EPOCH:(e + 1) * PER_EPOCH]
+        block = rows[e * PER_EPOCH : (e + 1) * PER_EPOCH]
         mean = {name: sum(row[name] for row in block) / PER_EPOCH for name in STEPS}
         psnr = 24 - 12 * math.exp(-e / 14) + noise.random()
-        values = (e, mean["lr"], mean["tfr"], mean["tf_share"], mean["beta"], kl_weight, mean["loss"],
-                  mean["reconstruction"], mean["mse"], mean["kl"], 10 ** (-psnr / 10), psnr, psnr - 6,
-                  psnr - 2, 0, 60.0, 300.0)
+        values = (
+            e,
+            mean["lr"],
+            mean["tfr"],
+            mean["tf_share"],
+            mean["beta"],
+            kl_weight,
+            mean["loss"],
+            mean["reconstruction"],
+            mean["mse"],
+            mean["kl"],
+            10 ** (-psnr / 10),
+            psnr,
+            psnr - 6,
+            psnr - 2,
+            0,
+            60.0,
+            300.0,
+        )
         history.append(dict(zip(HISTORY, values)))
     return history
 
@@ -59,8 +95,18 @@ def write_table(path, columns, rows):
         writer.writerows({k: f"{v:.8g}" for k, v in row.items()} for row in rows)
 
 
-def make_run(path, kind="Cyclical", epochs=70, frames=629, tfr=(1.0, 10, 0.1), gif=False, psnr=True,
-             recipe="pool", kl_weight=1e-4, steps=True):
+def make_run(
+    path,
+    kind="Cyclical",
+    epochs=70,
+    frames=629,
+    tfr=(1.0, 10, 0.1),
+    gif=False,
+    psnr=True,
+    recipe="pool",
+    kl_weight=1e-4,
+    steps=True,
+):
     """Write a run folder without checkpoints."""
     path.mkdir(parents=True, exist_ok=True)
     noise = random.Random(str(path.name))
@@ -70,8 +116,13 @@ def make_run(path, kind="Cyclical", epochs=70, frames=629, tfr=(1.0, 10, 0.1), g
     if steps:
         write_table(path / "steps.csv", STEPS, rows)
     if psnr:
-        values = [{"frame": f, "psnr": 22 + 12 * math.exp(-f / 9) + 2 * math.sin(f / 40) + noise.gauss(0, 0.5)}
-                  for f in range(1, frames + 1)]
+        values = [
+            {
+                "frame": f,
+                "psnr": 22 + 12 * math.exp(-f / 9) + 2 * math.sin(f / 40) + noise.gauss(0, 0.5),
+            }
+            for f in range(1, frames + 1)
+        ]
         write_table(path / "psnr_per_frame.csv", ("frame", "psnr"), values)
     if gif:
         make_gif(path / "val_pred.gif", frames + 1)
@@ -79,7 +130,9 @@ def make_run(path, kind="Cyclical", epochs=70, frames=629, tfr=(1.0, 10, 0.1), g
 
 
 def made_up_frame(t, size=(64, 32)):
-    """Pose, prediction and ground truth side by side; frames 3k and 3k + 1 are equal, so that Pillow merges them."""
+    """Pose, prediction and ground truth side by side; frames 3k and 3k + 1 are equal, so that
+    Pillow merges them.
+    """
     w, h = size
     picture = Image.new("RGB", (3 * w, h), "black")
     draw = ImageDraw.Draw(picture)

@@ -16,7 +16,6 @@ from torch import nn
 
 import Tester
 import Trainer
-from utils.compiling import mark_for_compiling
 from modules import Gaussian_Predictor
 from scripts.kill_test import compare, differences, rows
 from scripts.reference_loop import reference_rollout, reference_step
