@@ -1,10 +1,10 @@
-"""Train the pose-conditioned VAE of the lab: one image and 630 poses in, the 629 frames that follow out.
+"""Train the pose-conditioned VAE of the lab: one image and 630 poses in, 629 frames out.
 
     python Trainer.py --DR data --save_root ckpt --fast_train            # the recommended command
     python Trainer.py --DR data --save_root ckpt --fast_train --max_minutes 60
-    python Trainer.py --DR data --save_root ckpt --fast_train --resume   # after a stop, crash or kill
+    python Trainer.py --DR data --save_root ckpt --fast_train --resume   # after a stop or crash
     python Trainer.py --DR data --save_root out --ckpt_path ckpt/best.ckpt --test        # validate
-    torchrun --nproc_per_node=8 Trainer.py --DR data --save_root ckpt --gpu 8            # eight GPUs
+    torchrun --nproc_per_node=8 Trainer.py --DR data --save_root ckpt --gpu 8           # eight GPUs
 
 Reads top to bottom as the algorithm: losses and PSNR, then `VAE_Model` with its training step, its
 rollout, its schedules, its training stage and its checkpoints, and the command line at the end. The
@@ -16,33 +16,33 @@ import math
 import shlex
 import time
 import warnings
-from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 
 from utils import cli  # before PyTorch: see utils/__init__.py
-from utils.cli import UserError, progress, say
+from utils.cli import UserError, say
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recompute
 
 import dataloader
-from dataloader import Dataset_Dance, Frames, frame_transform
+from dataloader import Dataset_Dance, frame_transform  # noqa: F401 (template scripts import them)
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 from utils import distributed, logger, options, session
-from utils.averaging import recalibrate_batchnorm
+from utils.averaging import begin_average, network_state, update_average, validated_weights
 from utils.checkpoint import (
-    NETWORKS, adopt_settings, file_version, load_weights, read_checkpoint, write_checkpoint)
+    adopt_settings, file_version, load_weights, read_checkpoint, write_checkpoint)
 from utils.files import check_save_root, make_folder
 from utils.hardware import (
     Float32Conv2d, autocast, channels_last, check_torch, enough_memory, evaluating, in_pieces,
     join, pick_device, pick_precision, step_if_finite)
-from utils.metrics import psnr, warn_of_logits
+from utils.metrics import check_finite, psnr, warn_of_logits
 from utils.muon import Muon
-from utils.schedules import beta_at, continuous, data_share, kl_annealing, teacher_forcing_ratio
+from utils.schedules import (
+    beta_at, data_share, in_continuous_stage as in_stage, kl_annealing, schedule_epoch,
+    share_done, teacher_forcing_ratio)
 from utils.training_state import TrainingState, capture, load_member, take_settings
 
 CLIP_NORM = 1.0     # gradient norm, the template's
@@ -51,7 +51,7 @@ NOISE_MSE = 1e-5    # 50 dB: errors below it hardly count
 GIF_TICK = 40       # milliseconds a frame, the template's
 OUTPUTS = {"none": lambda x: x, "clamp": lambda x: x.clamp(0, 1), "sigmoid": torch.sigmoid}
 
-# with fp16, whose scale has to be found, PyTorch takes a skipped first step for a wrong order of calls
+# in fp16 PyTorch takes a skipped first step for a wrong order of calls
 warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
 
 
@@ -71,7 +71,7 @@ def kl_criterion(mu, logvar, batch_size):
 
 
 def log_mse(frames, truth):
-    """Return 0.001 * log(1 + MSE / 1e-5), averaged over frames: a decibel counts alike at every PSNR.
+    """Return 0.001 * log(1 + MSE / 1e-5), a mean over frames: a decibel counts alike at every PSNR.
 
     frames, truth: (B, 3, H, W) in [0, 1]. The gradient is the MSE's at 30 dB, and larger at smaller
     errors. Rybkin et al. 2021, the optimal sigma of a calibrated decoder.
@@ -85,10 +85,10 @@ def log_mse(frames, truth):
 class VAE_Model(nn.Module):
     """The conditional VAE: its training step, rollout, training stage and checkpoints.
 
-    args: a Namespace of `build_parser()`, or any other: a flag it lacks has the parser's default, and
-    without `recipe` it trains the template's way. `state` is what a resume needs, `session` what ends
-    with the process. They and the optimizer are made on first use, because a subclass may never run
-    this __init__ but build the five networks itself, as the template's Tester does.
+    args: a Namespace of `build_parser()`, or any other: a flag it lacks has the parser's default,
+    and without `recipe` it trains the template's way. `state` is what a resume needs, `session`
+    what ends with the process. They and the optimizer are made on first use: a subclass may build
+    the five networks itself and never run this __init__, as the template's Tester does.
     UserError for a device that is missing and for values out of range.
     """
 
@@ -96,8 +96,7 @@ class VAE_Model(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        self.initialized = True
-        self.args = args
+        self.initialized, self.args = True, args
         args.device = str(pick_device(args.device))
         torch.manual_seed(args.seed)
         names = "F_dim", "L_dim", "N_dim", "D_out_dim"
@@ -114,8 +113,8 @@ class VAE_Model(nn.Module):
             self.to(args.device, memory_format=torch.channels_last)
         self.mse_criterion = nn.MSELoss()
         self.kl_annealing = kl_annealing(args)
-        self.train_vi_len, self.val_vi_len = args.train_vi_len, args.val_vi_len
-        self.batch_size, self.tfr_sde, self.tfr_d_step = args.batch_size, args.tfr_sde, args.tfr_d_step
+        for name in ("batch_size", "tfr_sde", "tfr_d_step", "train_vi_len", "val_vi_len"):
+            setattr(self, name, getattr(args, name))
 
     @property
     def args(self):
@@ -150,7 +149,7 @@ class VAE_Model(nn.Module):
     @cached_property
     def tfr(self):
         """The probability of teacher forcing in the next step."""
-        return teacher_forcing_ratio(self.args, self.schedule_epoch())
+        return teacher_forcing_ratio(self.args, schedule_epoch(self))
 
     @cached_property
     def optim(self):
@@ -162,7 +161,8 @@ class VAE_Model(nn.Module):
     @cached_property
     def scheduler(self):
         """The learning rate's schedule."""
-        return torch.optim.lr_scheduler.LambdaLR(self.optim, lambda _: session.learning_rate_factor(self))
+        factor = partial(session.learning_rate_factor, self)
+        return torch.optim.lr_scheduler.LambdaLR(self.optim, factor)
 
     @cached_property
     def scaler(self):
@@ -213,7 +213,7 @@ class VAE_Model(nn.Module):
         teacher_forced = torch.as_tensor(adapt_TeacherForcing).expand(length).tolist()
         # (B, T, 3, H, W) -> (T * B, 3, H, W): with time in the batch, tensors stay channels-last
         img, label = (channels_last(x.transpose(0, 1).flatten(0, 1)) for x in (img, label))
-        apply = partial(self.saving_memory, batch)
+        apply = partial(in_pieces, step=batch if self.args.checkpoint_steps else None)
 
         # encode all poses and frames, and infer the posterior of frames 1 to T - 1
         pose = self.label_transformation(label[batch:])               # L_dim channels
@@ -237,8 +237,8 @@ class VAE_Model(nn.Module):
     def loss_terms(self, frames, truth, mu, logvar):
         """Return the loss, reconstruction + beta * kl_weight * kl, and its terms by name.
 
-        frames, truth: (N, 3, H, W); mu, logvar: (N, N_dim, H, W). Every term is logged. A further one
-        is added to `loss` and to the dict here, and to the columns in utils/files.py.
+        frames, truth: (N, 3, H, W); mu, logvar: (N, N_dim, H, W). Every term is logged: a further
+        one is added to `loss` and to the dict here, and to the columns in utils/files.py.
         """
         mse = getattr(self, "mse_criterion", F.mse_loss)(frames, truth)
         kl = kl_criterion(mu, logvar, len(mu))
@@ -255,20 +255,10 @@ class VAE_Model(nn.Module):
         z = z.to(previous.dtype)  # a float32 input would make the concatenation float32
         return OUTPUTS[self.args.output](self.Generator(self.Decoder_Fusion(previous, pose, z)))
 
-    def saving_memory(self, batch, function, *inputs):
-        """Apply a function in pieces that suit the device.
-
-        With --checkpoint_steps a piece is a time step, recomputed in the backward pass.
-        """
-        if self.args.checkpoint_steps and torch.is_grad_enabled():
-            function = partial(recompute, function, use_reentrant=False)
-            return in_pieces(function, *inputs, size=batch)
-        return in_pieces(function, *inputs)
-
     def training_one_step(self, img, label, adapt_TeacherForcing):
-        """Learn from a batch of windows: losses, backward, step, log. Returns the loss.
+        """Learn from a batch as of `forward`: losses, backward, step, log. Returns the loss.
 
-        Arguments as of `forward`. A loss or gradient that is not finite changes nothing.
+        A loss or gradient that is not finite changes nothing.
         """
         session.train_again(self)
         self.optim.zero_grad(set_to_none=True)
@@ -290,15 +280,9 @@ class VAE_Model(nn.Module):
         return loss.detach()
 
     def optimizer_step(self):
-        """Clip the gradient's norm, step, and average the weights; skip where it is not finite.
-
-        Returns whether it was finite, a bool tensor.
-        """
+        """Clip the gradient's norm, step, average the weights. Returns whether it was finite."""
         finite = step_if_finite(self.optim, self.scaler, self.parameters(), CLIP_NORM)
-        if self.state.average is not None:  # with TensorFlow's num_updates: short runs forget their start
-            decay = min(self.args.ema, (1 + self.state.steps_done) / (10 + self.state.steps_done))
-            weights = [p.detach() for p in self.parameters()]
-            torch._foreach_lerp_(list(self.state.average.values()), weights, 1 - decay)
+        update_average(self)
         return finite
 
     # ------------------------------------------------------------ the rollout: figure 2 (b)
@@ -306,12 +290,12 @@ class VAE_Model(nn.Module):
     def rollout(self, first, label, on_block=None):
         """Generate sequences from their first frames and poses; validation and testing share it.
 
-        first: (S, 3, H, W), label: (S, T, 3, H, W), float32 in [0, 1]. Returns (S, T - 1, 3, H, W) in
-        [0, 1], on the CPU. z is drawn from N(0, I) at every step, for each sequence from a generator
-        of its own. The frame fed back is the one returned, clamped; with several checkpoints it is
-        the mean of their predictions. With --rollouts N each of N feeds back its own, and their mean
-        is returned. on_block(t, frames) is called every few frames with those made since, t of them
-        so far. UserError names sequence and frame of a non-finite prediction.
+        first: (S, 3, H, W), label: (S, T, 3, H, W), float32 in [0, 1]. Returns (S, T - 1, 3, H, W)
+        in [0, 1], on the CPU. z is drawn from N(0, I) at every step, for each sequence from its own
+        generator. The frame fed back is the one returned, clamped; with several checkpoints it is
+        the mean of their predictions. With --rollouts N each of N feeds back its own, and their
+        mean is returned. on_block(t, frames) is called every few frames with those made since, t
+        of them so far. UserError names sequence and frame of a non-finite prediction.
         """
         args, device, models = self.args, self.device, [self, *self.session.ensemble]
         count, length, lanes = *label.shape[:2], args.rollouts
@@ -327,11 +311,7 @@ class VAE_Model(nn.Module):
             for start in range(1, length, ROLLOUT_BLOCK):
                 poses = label[:, start:start + ROLLOUT_BLOCK]
                 frames, finite = self.rollout_block(models, previous, poses, noise, start == 1)
-                if not finite.all():
-                    t, lane = (~finite).nonzero()[0].tolist()
-                    raise UserError(
-                        f"rollout of sequence {lane // lanes}: frame {start + t} is not finite; expected "
-                        f"weights that give finite frames (train longer, or with a smaller --lr)")
+                check_finite(finite, start, lanes)
                 previous = frames[-1]
                 frames = frames.transpose(0, 1).unflatten(0, (count, lanes)).mean(1)
                 blocks.append(frames.cpu())  # (S, t, 3, H, W)
@@ -393,18 +373,15 @@ class VAE_Model(nn.Module):
         return squared.mean(), psnr(squared).mean(0).tolist()
 
     def eval(self):
-        """Run one validation rollout of the validation sequence. Returns the mean PSNR in dB.
+        """Run one validation rollout. Returns the mean PSNR in dB; makes save_root.
 
-        This is the template's name for its validation loop. It hides nn.Module.eval(), so modes are
-        switched with nn.Module.train(model, flag) alone. Makes save_root.
+        The template's name for its validation loop hides nn.Module.eval(): modes are switched with
+        nn.Module.train(model, flag) alone.
         """
-        losses, psnrs = [], []
-        loader = self.val_dataloader()
+        losses, psnrs, loader = [], [], self.val_dataloader()
         if self.args.save_root is not None:
             make_folder(self.args.save_root)
-        bar = progress(total=len(loader) * (self.args.val_vi_len - 1), unit="frame", leave=False,
-                       desc=f"val   {self.current_epoch}")
-        with self.validated_weights(), bar as self.session.bar:
+        with validated_weights(self), logger.rollout_bar(self, len(loader)) as self.session.bar:
             for img, label in loader:
                 loss, psnr_per_frame = self.val_one_step(img, label)
                 losses.append(loss)
@@ -415,62 +392,15 @@ class VAE_Model(nn.Module):
         self.val_sequence = label[0, 1:].cpu(), self.predicted[0], img[0, 1:].cpu()
         return float(np.mean(self.psnr_per_frame))
 
-    # ------------------------------------------------------------ averaged weights
-
-    def average_weights(self):
-        """Begin an exponential moving average of the weights, where --ema asks for one."""
-        if self.args.ema and self.state.average is None:
-            weights = self.named_parameters()
-            self.state.average = {name: p.detach().clone() for name, p in weights}
-
-    @contextmanager
-    def validated_weights(self):
-        """Inside, the model holds the weights that are validated and kept: averaged ones (EMA).
-
-        BatchNorm's statistics are recalibrated for them: running averages lag behind moving weights.
-        """
-        average, poses = self.state.average, self.session.poses
-        if average is None and poses is None:
-            yield
-            return
-        raw = self.network_state()
-        with torch.no_grad():
-            for name, value in (average or {}).items():
-                self.get_parameter(name).copy_(value)
-        if poses is not None:
-            recalibrate_batchnorm(self, poses)
-        try:
-            yield
-        finally:
-            self.load_network_state(raw)
-
-    def network_state(self):
-        """Return a copy of the five networks' weights, by the keys that a checkpoint has."""
-        return {name: value.detach().clone() for name, value in self.state_dict().items()
-                if name.split(".")[0] in NETWORKS}
-
-    @torch.no_grad()
-    def load_network_state(self, weights):
-        """Take the weights of `network_state`."""
-        own = self.state_dict()
-        for name, value in weights.items():
-            own[name].copy_(value)
-
     # ------------------------------------------------------------ data
 
     def dataset(self, mode, video_len, partial=1.0):
         """Return the Dataset_Dance of a split, whose frames are decoded once unless --no_cache."""
-        args, decoded = self.args, self.session.frames
-        options.require(args, "DR")
-        size = args.frame_H, args.frame_W
-        if mode not in decoded and not args.no_cache:
-            frames = Frames(args.DR, mode, *size, args.cache_dir, args.num_workers)
-            decoded[mode] = frames.to(self.device)
-        transform = frame_transform(*size)
-        return Dataset_Dance(args.DR, transform, mode, video_len, partial, decoded.get(mode))
+        decoded = self.session.frames
+        return dataloader.open_split(self.args, mode, video_len, partial, decoded, self.device)
 
     def train_dataloader(self, skip=0):
-        """Return batches of this epoch's windows in order, this rank's share, from batch `skip` on."""
+        """Return batches of this epoch's windows, this rank's share, from batch `skip` on."""
         args, rank, world = self.args, distributed.rank(), distributed.world()
         dataset = self.dataset("train", args.train_vi_len, data_share(args, self.current_epoch))
         order = range(rank, len(dataset) - len(dataset) % world, world)[skip * args.batch_size:]
@@ -491,10 +421,11 @@ class VAE_Model(nn.Module):
         for _ in range(skip, self.steps_in(self.current_epoch)):
             in_window = self.sample_teacher_forcing(args.train_vi_len)
             restarts = self.sample_teacher_forcing(args.batch_size, of_rollouts=True)
-            yield *pool.draw(args.batch_size, args.train_vi_len, args.next_share, restarts), in_window
+            window = pool.draw(args.batch_size, args.train_vi_len, args.next_share, restarts)
+            yield *window, in_window
 
     def sample_teacher_forcing(self, count, of_rollouts=False):
-        """Draw Bernoulli samples with probability `tfr`, bool (count,): one an epoch, a batch, or each.
+        """Draw Bernoulli samples with probability `tfr`, bool (count,): an epoch, a batch, or each.
 
         of_rollouts: a sample is a rollout of the pool; else a frame of a window, whose first two do
         not count in tf_share: frame 0 is given, and frame 1 has a given previous frame.
@@ -510,9 +441,7 @@ class VAE_Model(nn.Module):
             uniform = torch.rand(size, generator=state.sampler).expand(count)
         teacher_forced = uniform < self.tfr
         counted = teacher_forced if of_rollouts else teacher_forced[2:]
-        drawn = self.session.drawn if of_rollouts else {"forced": 0, "drawn": 0}
-        self.session.drawn = {"forced": drawn["forced"] + int(counted.sum()),
-                              "drawn": drawn["drawn"] + len(counted)}
+        self.session.count_drawn(counted, more=of_rollouts)
         return teacher_forced
 
     def steps_in(self, epoch):
@@ -523,32 +452,23 @@ class VAE_Model(nn.Module):
             return frames // args.train_vi_len // world // args.batch_size
         return max(1, frames // (args.batch_size * (args.train_vi_len - 1) * world))
 
-    # ------------------------------------------------------------ schedules: utils/schedules.py
-
-    def share_done(self):
-        """Return the share of the run that is done, in [0, 1]."""
-        return session.share_done(self)
-
-    def schedule_epoch(self):
-        """Return the epoch that schedules go by: continuous in the pool recipe's training stage."""
-        in_stage = continuous(self.args) and self.session.total_steps
-        return self.share_done() * self.args.num_epoch if in_stage else self.current_epoch
-
     def beta(self):
         """Return beta in [0, 1] of the next step; the KL term's weight is beta * kl_weight."""
-        return beta_at(self.kl_annealing.args, self.schedule_epoch())
+        if in_stage(self):
+            return beta_at(self.kl_annealing.args, schedule_epoch(self))
+        return self.kl_annealing.get_beta()
 
     def teacher_forcing_ratio_update(self):
         """Set tfr to that of the next step."""
-        self.tfr = teacher_forcing_ratio(self.args, self.schedule_epoch())
+        self.tfr = teacher_forcing_ratio(self.args, schedule_epoch(self))
 
     # ------------------------------------------------------------ the training stage
 
     def training_stage(self):
         """Train from the current epoch to the last; after each, validate, record and save.
 
-        A signal of cli.INTERRUPTED saves last.ckpt and raises Stopped. UserError for data that can't
-        be used, a save_root that another run holds, and losses that stay non-finite.
+        A signal of cli.INTERRUPTED saves last.ckpt and raises Stopped. UserError for data that
+        can't be used, a save_root that another run holds, and losses that stay non-finite.
         """
         self.session.began = self.session.began or time.monotonic()
         with cli.catching_signals(cli.stop):
@@ -556,7 +476,7 @@ class VAE_Model(nn.Module):
         if self.args.tensorboard:
             logger.tensorboard_writer()
         make_folder(self.args.save_root)
-        self.average_weights()
+        begin_average(self)
         with session.guarded(self):
             session.prepare(self)
             while self.current_epoch < self.state.num_epoch:
@@ -564,8 +484,8 @@ class VAE_Model(nn.Module):
                 psnr_mean = session.validate(self)
                 self.end_epoch(psnr_mean)
             logger.enlarge(self)
-        say(f"done: {self.current_epoch} epochs, best validation PSNR {self.state.best_psnr:.2f} dB, "
-            f"in {self.args.save_root}")
+        say(f"done: {self.current_epoch} epochs, best validation PSNR "
+            f"{self.state.best_psnr:.2f} dB, in {self.args.save_root}")
 
     def train_epoch(self):
         """Do the rest of the current epoch's training steps."""
@@ -573,11 +493,10 @@ class VAE_Model(nn.Module):
         steps, began = self.steps_in(self.current_epoch), time.monotonic() - state.seconds
         # where time is left in a run fitted to it, the last epoch is repeated
         repeats = budget and budget.fitted and self.current_epoch == state.num_epoch - 1
-        with progress(total=None if repeats else steps, initial=state.step, unit="step", leave=False,
-                      disable=distributed.rank() > 0,
-                      desc=f"train {self.current_epoch}/{state.num_epoch}") as bar:
+        with logger.epoch_bar(self, None if repeats else steps) as bar:
             while True:
-                for img, label, teacher_forced in self.batches(state.step % steps if repeats else state.step):
+                done = state.step % steps if repeats else state.step
+                for img, label, teacher_forced in self.batches(done):
                     loss = self.training_one_step(img, label, teacher_forced)
                     if state.pool is not None:
                         state.pool.put(self.generated)
@@ -615,8 +534,8 @@ class VAE_Model(nn.Module):
 
     def checkpoint(self):
         """Return the whole run as one dict of plain types and tensors."""
-        with self.validated_weights():
-            weights = self.network_state()
+        with validated_weights(self):
+            weights = network_state(self)
         saved, args = capture(self), vars(self.args)
         raw = saved.pop("weights")
         averaged = self.state.average is not None or self.session.poses is not None
@@ -635,7 +554,7 @@ class VAE_Model(nn.Module):
         }
 
     def write(self, names):
-        """Write the checkpoint into save_root under these names; every rank calls, rank 0 writes."""
+        """Write the checkpoint into save_root under these names; every rank calls this."""
         checkpoint = self.checkpoint()
         if distributed.rank() == 0:
             for name in names:
@@ -662,8 +581,6 @@ class VAE_Model(nn.Module):
         load_weights(self, loaded["state_dict"], path)
         session.evaluate_until_trained(self)
         own.ensemble = [load_member(VAE_Model, args, other) for other in others]
-        for name in ("state", "optim", "scheduler", "scaler"):  # of a stage before this
-            self.__dict__.pop(name, None)
         take_settings(self, loaded)
 
     # ------------------------------------------------------------ what is shown
@@ -673,11 +590,11 @@ class VAE_Model(nn.Module):
         logger.write_gif(images_list, img_name, duration)
 
     def tqdm_bar(self, mode, pbar, loss, lr=0.0, advance=1):
-        """Advance a bar ("train" or "val") and show the schedules and the loss (val: PSNR so far)."""
+        """Advance a bar ("train" or "val"); show the schedules and the loss (val: PSNR so far)."""
         if pbar is None:
             return
         figure = f"PSNR {loss:.2f} dB" if mode == "val" else f"lr {lr:.1e}, loss {loss:.5f}"
-        text = f"tfr {self.tfr:.2f}, beta {self.beta():.2f}, {figure}"
+        text = f"run {share_done(self):.0%}, tfr {self.tfr:.2f}, beta {self.beta():.2f}, {figure}"
         pbar.set_postfix_str(text, refresh=False)
         pbar.update(advance)
 
@@ -707,8 +624,8 @@ def main(argv=None):
     if args.test:
         options.require(args, "ckpt_path")
     elif len(options.as_list(args.ckpt_path)) > 1:
-        raise UserError(f"--ckpt_path {shlex.join(args.ckpt_path)}: expected one checkpoint to train "
-                        f"from; several are for --test")
+        raise UserError(f"--ckpt_path {shlex.join(args.ckpt_path)}: expected one checkpoint to "
+                        f"train from; several are for --test")
     if args.ckpt_path:
         adopt_settings(args, build_parser())
     options.require(args, "DR")

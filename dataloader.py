@@ -411,6 +411,20 @@ def window_loader(dataset, batch_size, workers, order=None):
 POSE_SAMPLE = 4096  # training poses for BatchNorm recalibration
 
 
+def open_split(args, mode, video_len, partial, decoded, device):
+    """Return the Dataset_Dance of a split, whose frames are decoded once unless --no_cache.
+
+    decoded: the splits' `Frames` so far, a dict by mode.
+    """
+    require(args, "DR")
+    size = args.frame_H, args.frame_W
+    if mode not in decoded and not args.no_cache:
+        frames = Frames(args.DR, mode, *size, args.cache_dir, args.num_workers)
+        decoded[mode] = frames.to(device)
+    transform = frame_transform(*size)
+    return Dataset_Dance(args.DR, transform, mode, video_len, partial, decoded.get(mode))
+
+
 def open_training_data(model):
     """Decode the data of a model's training stage and start its pool, before anything is written."""
     args, state, session = model.args, model.state, model.session

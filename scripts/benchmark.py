@@ -48,6 +48,7 @@ from dataloader import (
     Dataset_Dance, Frames, RolloutPool, WindowLoader, find_clips, frame_transform, list_pairs,
     list_test_sequences)
 from utils.frame_cache import read_image
+from utils.averaging import network_state
 from utils.compiling import mark_for_compiling
 from utils.hardware import enough_memory, pick_device
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
@@ -132,7 +133,7 @@ def our_model(args, recipe="template", **flags):
 def template_model(args, model):
     """The template's loop with a copy of our model's weights."""
     template = TemplateModel(args)
-    weights = {name: value.contiguous() for name, value in model.network_state().items()}
+    weights = {name: value.contiguous() for name, value in network_state(model).items()}
     template.load_state_dict(weights, strict=True)
     return template
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import Trainer
+from utils.averaging import network_state
 from conftest import TINY, in_process, send_at, steps
 from utils.checkpoint import read_checkpoint
 from scripts.kill_test import compare, differences, rows
@@ -27,16 +28,16 @@ def test_a_gradient_that_overflows_halves_the_scale_and_changes_nothing(optim):
     model.kl_annealing.get_beta = lambda: 0.0
     model.training_one_step(img, label, True)
     assert steps(model) == (1, 0)
-    before, scale = model.network_state(), model.scaler.get_scale()
+    before, scale = network_state(model), model.scaler.get_scale()
 
     model.kl_annealing.get_beta = lambda: 1.0
     assert model.training_one_step(img, label, True).isfinite()
     assert steps(model) == (1, 1) and model.scaler.get_scale() == scale / 2
-    assert differences(before, model.network_state()) == []
+    assert differences(before, network_state(model)) == []
 
     while model.state.skipped_in_a_row:
         model.training_one_step(img, label, True)
-    assert steps(model)[0] == 2 and differences(before, model.network_state()) != []
+    assert steps(model)[0] == 2 and differences(before, network_state(model)) != []
 
 
 def test_a_resumed_run_keeps_the_scale(tiny_data, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 
 import Tester
 import Trainer
+from utils.averaging import network_state
 from conftest import TINY, in_process, run_cli, steps
 from utils.checkpoint import read_checkpoint
 from scripts.kill_test import differences, rows
@@ -50,15 +51,15 @@ def overflow(img, label):
 @pytest.mark.parametrize("spoil", [spoil_frame, spoil_pose, overflow])
 def test_a_step_that_is_not_finite_changes_nothing(model, spoil, taught):
     model.training_one_step(*window(), taught)
-    before = model.network_state(), {k: v.clone() for k, v in model.optim.state_dict()["state"][0].items()}
+    before = network_state(model), {k: v.clone() for k, v in model.optim.state_dict()["state"][0].items()}
     img, label = (x.clone() for x in window())
     spoil(img, label)
     loss = model.training_one_step(img, label, taught)
     assert not loss.isfinite() and steps(model) == (1, 1)
-    after = model.network_state(), model.optim.state_dict()["state"][0]
+    after = network_state(model), model.optim.state_dict()["state"][0]
     assert differences(before, after) == []
     assert model.training_one_step(*window(), taught).isfinite() and steps(model) == (2, 1)
-    assert differences(before[0], model.network_state()) != []
+    assert differences(before[0], network_state(model)) != []
     assert model.state.epoch_means.figures.isfinite().all()  # the epoch's means are over the steps that were taken
 
 

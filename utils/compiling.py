@@ -4,6 +4,7 @@ from contextlib import suppress
 
 import torch
 
+from utils.averaging import validated_weights
 from utils.checkpoint import NETWORKS
 from utils.cli import UserError, say
 from utils.distributed import maximum
@@ -63,5 +64,5 @@ def compile_by_use(model):
     for teacher_forced in (True, False) if args.train_vi_len > 2 else (True,):
         model.training_one_step(torch.rand(shape), torch.rand(shape), teacher_forced)
     first, label = torch.rand(shape)[:1, 0], torch.rand(shape)[:1, :1].expand(1, 3, -1, -1, -1)
-    with model.validated_weights(), suppress(UserError):  # poses of noise may overflow, after compiling
+    with validated_weights(model), suppress(UserError):  # poses of noise may overflow, after compiling
         model.rollout(first, label)

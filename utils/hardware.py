@@ -6,11 +6,13 @@ import os
 import re
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from utils.cli import UserError
 
@@ -154,14 +156,15 @@ def join(parts):
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def in_pieces(function, *inputs, size=None):
-    """Apply a function that treats every sample alone to (N, ...) tensors, `size` samples at a time.
+def in_pieces(function, *inputs, step=None):
+    """Apply a function that treats every sample alone to (N, ...) tensors, in pieces that suit the device.
 
-    size None: what suits the device.
+    step: samples of a time step; then a piece is one, recomputed in the backward pass.
     """
     count, _, height, width = inputs[0].shape
-    if size is None:
-        size = max(1, CPU_PIXELS // (height * width)) if inputs[0].device.type == "cpu" else count
+    size = max(1, CPU_PIXELS // (height * width)) if inputs[0].device.type == "cpu" else count
+    if step and torch.is_grad_enabled():
+        size, function = step, partial(checkpoint, function, use_reentrant=False)
     pieces = [function(*at) for at in zip(*(x.split(size) for x in inputs))]
     return join(pieces) if torch.is_tensor(pieces[0]) else tuple(map(join, zip(*pieces)))
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch
 from PIL import Image, ImageSequence
 
 from utils import distributed
-from utils.cli import UserError, catching_signals, say, stop
+from utils.cli import UserError, catching_signals, progress, say, stop
 from utils.files import MARK, HISTORY, STEPS, atomic, make_folder, optional, output_folder, write_csv
 from utils.schedules import teacher_forcing_ratio
 
 STEP_ROWS = 2000  # of steps.csv in a run, at most
+FIRST_STEPS = 20  # by which a run's duration is estimated
 
 
 def write_gif(images, path, duration):
@@ -159,6 +161,19 @@ def enlarge(model):
 
 # ---------------------------------------------------------------- a run's tables
 
+def epoch_bar(model, steps):
+    """Return the progress bar of an epoch of `steps` steps; None where only the time ends it."""
+    state = model.state
+    return progress(total=steps, initial=state.step, unit="step", leave=False,
+                    disable=distributed.rank() > 0, desc=f"train {state.epoch}/{state.num_epoch}")
+
+
+def rollout_bar(model, count):
+    """Return the progress bar of a validation of `count` sequences."""
+    return progress(total=count * (model.args.val_vi_len - 1), unit="frame", leave=False,
+                    desc=f"val   {model.current_epoch}")
+
+
 def print_start(model):
     """Print the device, the data and the number of steps; and where the run is too short for its schedules."""
     args, state, session = model.args, model.state, model.session
@@ -171,6 +186,25 @@ def print_start(model):
         seventh = max(1, round(args.num_epoch / 7))
         say(f"--tfr_sde {args.tfr_sde}: teacher forcing stays at {lowest:.2f} or more in {args.num_epoch} epochs, so "
             f"rollouts will be poor; expected --tfr_sde {seventh + 1} --tfr_d_step {1 / seventh:.2g}, or --max_minutes")
+
+
+def print_duration(model):
+    """Print, after the first steps, how long the whole run will take."""
+    state, session = model.state, model.session
+    steps, began = session.first_step
+    if session.budget or state.steps_done - steps != FIRST_STEPS:
+        return
+    seconds = (time.monotonic() - began) / FIRST_STEPS * (session.total_steps - state.steps_done)
+    line = f"about {duration(seconds)} of training are left, and {state.num_epoch - state.epoch} validations"
+    if seconds > 3 * 3600 and model.device.type == "cpu":
+        line += "; --max_minutes M fits the run, schedules included, to M minutes"
+    say(line)
+
+
+def duration(seconds):
+    """Return a duration in words."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
 def add_step(model, finite):

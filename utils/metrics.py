@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from utils.cli import say
+from utils.cli import UserError, say
 
 LEAST_MSE = 1e-10  # 100 dB: an exact frame would be infinite, and so would every mean that it is in
 
@@ -35,6 +35,17 @@ def are_logits(frames, given):
     after_sigmoid, after_clamp = ((x - given).square().mean()
                                   for x in (frames.sigmoid(), frames.clamp(0, 1)))
     return bool(far > 0.01) and bool(psnr(after_sigmoid) > psnr(after_clamp) + 6)
+
+
+def check_finite(finite, start, lanes):
+    """Raise UserError for the first frame of a rollout that is not finite.
+
+    finite: bool (t, S * lanes), of the frames `start` to start + t - 1 of S sequences.
+    """
+    if not finite.all():
+        t, lane = (~finite).nonzero()[0].tolist()
+        raise UserError(f"rollout of sequence {lane // lanes}: frame {start + t} is not finite; expected "
+                        f"weights that give finite frames (train longer, or with a smaller --lr)")
 
 
 def warn_of_logits(model, frames, given):

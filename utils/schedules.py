@@ -72,6 +72,26 @@ def continuous(args):
     return args.recipe == "pool"
 
 
+def share_done(model):
+    """Return the share of the run that is done: by its steps, or by the time it is fitted to."""
+    budget, total = model.session.budget, model.session.total_steps
+    if budget and budget.fitted:
+        return budget.share()
+    return model.state.steps_done / total if total else 0.0
+
+
+def schedule_epoch(model):
+    """Return the epoch that a model's schedules go by: continuous in the pool's training stage."""
+    if in_continuous_stage(model):
+        return share_done(model) * model.args.num_epoch
+    return model.current_epoch
+
+
+def in_continuous_stage(model):
+    """Return whether a model's schedules move with every step: in a training stage of the pool."""
+    return continuous(model.args) and bool(model.session.total_steps)
+
+
 class kl_annealing:
     """The weight beta in [0, 1] of the KL term, by whole epochs, as the template has it (Fu et al. 2019).
 

@@ -11,12 +11,13 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils import cli, distributed, logger, schedules, time_budget
+from utils.averaging import begin_average
 from utils.checkpoint import file_version, is_latest_in, is_resumable, read_checkpoint
 from utils.cli import Stopped, UserError, say
 from utils.compiling import compile_networks
 from utils.files import csv_length, locked, set_aside, sweep_leftovers
 from utils.hardware import enough_memory, keep_precision
-from utils.schedules import WARM_UP
+from utils.schedules import WARM_UP, share_done
 from utils.training_state import capture, restore, restore_checkpoint
 
 MAX_SKIPPED = 20  # non-finite steps in a row that end training
@@ -36,6 +37,7 @@ class Session:
     clips: list | None = None                     # start indices of the training data's clips
     poses: torch.Tensor | None = None             # training poses for BatchNorm recalibration
     ensemble: list = field(default_factory=list)  # models whose predictions are averaged with this one's
+    first_step: tuple = (0, 0.0)                  # steps done before this process, and when it began
     saved: dict | None = None                     # a checkpoint's training state, until training resumes
     version: tuple | None = None                  # the version of that checkpoint's file
     lr: float | None = None                       # --lr of the command
@@ -44,6 +46,13 @@ class Session:
     parallel: object = None                       # DistributedDataParallel around the model
     board: object = None                          # TensorBoard's writer
     bar: object = None                            # the progress bar of a rollout
+
+
+    def count_drawn(self, samples, more):
+        """Count a step's samples of teacher forcing, bool (n,). more: to those counted before."""
+        before = self.drawn if more else {"forced": 0, "drawn": 0}
+        self.drawn = {"forced": before["forced"] + int(samples.sum()),
+                      "drawn": before["drawn"] + len(samples)}
 
 
 # ---------------------------------------------------------------- around a training stage
@@ -99,8 +108,10 @@ def prepare(model):
         if resumes_here and state.step == 0:
             catch_up(model)
     logger.print_start(model)
+    session.first_step = state.steps_done, time.monotonic()
     if args.compile:
         compile_networks(model)
+        session.first_step = state.steps_done, time.monotonic()
     if args.max_minutes and model.current_epoch < state.num_epoch:
         time_budget.fit(model)
 
@@ -111,8 +122,9 @@ def end_step(model, loss, bar, last):
     last: whether the epoch ends with it.
     """
     args, state, session = model.args, model.state, model.session
-    before, state.share_done = state.share_done, model.share_done()
+    before, state.share_done = state.share_done, share_done(model)
     logger.log_steps(model, before)
+    logger.print_duration(model)
     # reading a value from a GPU waits for it; at the end of an epoch it must, or its last steps would
     # count as validation
     look = model.device.type == "cpu" or state.steps_done % 20 == 0 or last
@@ -155,15 +167,7 @@ def agree(model):
     model.session.stop.agree(model.device)
 
 
-def share_done(model):
-    """Return the share of the run that is done: by its steps, or by the time it is fitted to."""
-    budget, total = model.session.budget, model.session.total_steps
-    if budget and budget.fitted:
-        return budget.share()
-    return model.state.steps_done / total if total else 0.0
-
-
-def learning_rate_factor(model):
+def learning_rate_factor(model, _=None):
     """Return what --lr is multiplied with in the next step; at the peak outside a training stage."""
     share = share_done(model) if model.session.total_steps else WARM_UP
     return schedules.learning_rate_factor(model.args, model.current_epoch, share)
@@ -227,7 +231,7 @@ def catch_up_alone(model, open_data):
     with locked(args.save_root), cli.catching_signals(cli.stop):
         if csv_length(Path(args.save_root) / "history.csv") != len(saved["state"]["history"]):
             open_data(model)
-            model.average_weights()
+            begin_average(model)
             restore_checkpoint(model, saved, args.ckpt_path)
             catch_up(model)
             logger.enlarge(model)

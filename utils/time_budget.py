@@ -4,8 +4,10 @@ import time
 
 import torch
 
+from utils.averaging import validated_weights
 from utils.cli import say
 from utils.distributed import broadcast
+from utils.schedules import share_done
 from utils.training_state import capture, restore
 
 FEW_FRAMES = 33  # of the rollout that is timed
@@ -46,7 +48,7 @@ def fit(model):
 
     now = broadcast(time.monotonic(), model.device)  # one clock for all ranks
     end = broadcast(session.began + 60 * args.max_minutes, model.device)
-    budget = TimeBudget(end, now, validation, model.share_done())
+    budget = TimeBudget(end, now, validation, share_done(model))
     left, epoch = budget.deadline - now, state.epoch
     while epoch < state.num_epoch:
         left -= model.steps_in(epoch) * step + (validation if epoch > state.epoch else 0)
@@ -80,7 +82,7 @@ def seconds_a_validation(model):
     few = min(args.val_vi_len, FEW_FRAMES)
     for _ in range(2):  # the first one warms up
         began = time.monotonic()
-        with model.validated_weights():
+        with validated_weights(model):
             ready = time.monotonic()
             model.rollout(img[:, 0], label[:, :few])
         rollout = (time.monotonic() - ready) * (args.val_vi_len - 1) / (few - 1)

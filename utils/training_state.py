@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from utils import distributed
+from utils.averaging import load_network_state, network_state
 from utils.checkpoint import load_weights, optimizer_fits, read_checkpoint, sizes
 from utils.cli import UserError
 from utils.logger import RunningMeans
 from utils.muon import is_matrix
-from utils.schedules import WARM_UP, learning_rate_factor
+from utils.schedules import WARM_UP, learning_rate_factor, share_done
 
 
 @dataclass
@@ -78,14 +79,14 @@ def to_device(value, device):
 def capture(model):
     """Return everything that decides the rest of a run, as plain types and tensors."""
     state, device = model.state, model.device
-    state.share_done = model.share_done()
+    state.share_done = share_done(model)
     of_this_rank = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         **{name: packed(getattr(state, name)) for name in OF_EACH_RANK},
     }
     return {
-        "weights": model.network_state(), "optimizer": copy.deepcopy(model.optim.state_dict()),
+        "weights": network_state(model), "optimizer": copy.deepcopy(model.optim.state_dict()),
         "scheduler": model.scheduler.state_dict(), "scaler": model.scaler.state_dict(),
         "precision": model.precision, "device": device.type,
         "state": {f.name: packed(getattr(state, f.name)) for f in fields(state) if f.name not in OF_EACH_RANK},
@@ -96,7 +97,7 @@ def capture(model):
 def restore(model, saved):
     """Bring a model to where `capture` was called; flags may differ from those of that run."""
     state, device = model.state, model.device
-    model.load_network_state(saved["weights"])
+    load_network_state(model, saved["weights"])
     load_optimizer(model, saved["optimizer"])
     for group, before in zip(model.optim.param_groups, saved["optimizer"]["param_groups"]):
         group.update(lr=before["lr"], initial_lr=before["initial_lr"])
