@@ -47,7 +47,8 @@ def test_each_network_is_one_graph(flags):
 
 def test_nothing_is_compiled_unless_asked():
     parse = Trainer.build_parser().parse_args
-    assert [parse(words).compile for words in ([], ["--compile"], ["--no_compile"])] == [False, True, False]
+    words = [], ["--compile"], ["--no_compile"]
+    assert [parse(flags).compile for flags in words] == [False, True, False]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
