@@ -10,15 +10,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks of the tests are too small to share out
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 # flags that make a run take a second
 TINY = ["--frame_H", "16", "--frame_W", "32", "--F_dim", "16", "--L_dim", "8", "--N_dim", "4", "--D_out_dim", "16",
         "--val_vi_len", "20", "--num_epoch", "2", "--device", "cpu", "--precision", "fp32"]
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: what a GPU changes; skipped without one (tests/test_gpu.py)")
 
 
 def run_cli(script, *args, timeout=120, **options):
