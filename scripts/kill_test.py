@@ -6,7 +6,8 @@
 For each variant of training a reference run goes through unharmed. Then, in turn: start the run again, SIGKILL it at a
 random moment after training has begun, go on with --resume, and compare everything that is left behind with the
 reference's, bit by bit: every tensor and number in every checkpoint (weights, averages, optimizer, random states),
-history.csv, steps.csv and psnr_per_frame.csv; only timings may differ. Every second kill waits until a file is being written.
+history.csv, steps.csv and psnr_per_frame.csv; only timings may differ. Every second kill waits until
+a file is being written.
 A kill that came too late, when the run had ended, does not count. Exit status 0 only when all are equal.
 """
 

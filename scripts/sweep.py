@@ -404,7 +404,7 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
 
 
 def tell_failed(failed, out):
-    """Print a line for each run that failed; failed: {name: exit status}. Returns the exit status."""
+    """Print a line for each run that failed, {name: exit status}. Returns the exit status."""
     for name, status in failed.items():
         log = out / name / "train.log"
         print(f"{name} failed with status {status}: {last_line(log)} (all of it: {log})",

@@ -1,10 +1,11 @@
-"""Train one network for each of N seeds, then test with the mean of their predictions; called by train_seeds.sh.
+"""Train N seeds, then test with the mean of their predictions; called by train_seeds.sh.
 
     python scripts/train_seeds.py DATA OUT N [--jobs N] [any Trainer flags]
 
-Seed n is trained into OUT/seed{n}/. OUT/test/ gets the submission and OUT/all/ the validation of all best.ckpt together,
-and a table shows PSNR of each seed alone and of all together. Called again, the script skips the seeds that are done and
-resumes the others; a larger N adds seeds. OUT/sweep.json and the exit status are those of scripts/sweep.py.
+Seed n is trained into OUT/seed{n}/. OUT/test/ gets the submission and OUT/all/ the validation of
+all best.ckpt together; a table shows PSNR of each seed alone and of all together. Called again, the
+script skips the seeds that are done and resumes the others; a larger N adds seeds. OUT/sweep.json
+and the exit status are those of scripts/sweep.py.
 """
 
 import csv
@@ -24,23 +25,29 @@ OF_A_TEST = "device", "precision", "num_workers", "no_cache", "cache_dir", "z", 
 
 
 def parse(argv):
-    """Return the parsed flags and {flag: words} for Trainer.py. UserError for what this script sets itself."""
+    """Return the parsed flags and {flag: words} for Trainer.py; UserError for a flag of OWN."""
     from Trainer import build_parser  # here: it loads torch, which takes seconds
+
     parser = build_parser()
     parser.prog, parser.epilog = "train_seeds.sh", None
     parser.usage = "%(prog)s DATA OUT N [--jobs N] [any Trainer flags]"
-    parser.description = "Train N seeds, test with the mean of their predictions, print PSNR alone and together."
-    places = {
-        "data": dict(metavar="DATA", help="data folder, with train/, val/ and test/ in it"),
-        "out": dict(metavar="OUT", help="folder for the runs and the test"),
-        "seeds": dict(metavar="N", type=number(int, 1, 1000), help="how many seeds: 0 to N - 1")}
-    for name, settings in places.items():
-        parser.add_argument(name, **settings)
-    parser.add_argument("--jobs", type=number(int, 1, 64), default=1, metavar="N", help="runs at a time")
+    parser.description = (
+        "Train N seeds, test with the mean of their predictions, print PSNR alone and together."
+    )
+    parser.add_argument(
+        "data", metavar="DATA", help="data folder, with train/, val/ and test/ in it"
+    )
+    parser.add_argument("out", metavar="OUT", help="folder for the runs and the test")
+    parser.add_argument(
+        "seeds", metavar="N", type=number(int, 1, 1000), help="how many seeds: 0 to N - 1"
+    )
+    parser.add_argument(
+        "--jobs", type=number(int, 1, 64), default=1, metavar="N", help="runs at a time"
+    )
     args = parser.parse_args(argv)
     flags = {}
     for action in parser._actions:
-        if action.dest in args.given and action.dest not in {*places, "jobs"}:
+        if action.dest in args.given and action.dest not in ("data", "out", "seeds", "jobs"):
             if action.dest in OWN:
                 raise UserError(f"--{action.dest}: is set by train_seeds.sh itself; leave it out")
             value = [] if action.nargs == 0 else [str(getattr(args, action.dest))]
@@ -62,10 +69,16 @@ def psnr(folder):
 
 
 def table(alone, together):
-    """Return the lines of the table. alone: {name: (mean, min, last)}; together: the same of all."""
-    rows = {**alone, "mean of the seeds": [fmean(column) for column in zip(*alone.values())], "together": together}
+    """Return the table's lines. alone: {name: (mean, min, last)}; together: the same of all."""
+    rows = {
+        **alone,
+        "mean of the seeds": [fmean(column) for column in zip(*alone.values())],
+        "together": together,
+    }
     lines = ["validation PSNR, dB      mean     min    last"]
-    return lines + [f"{name:<21}" + "".join(f"{value:8.2f}" for value in row) for name, row in rows.items()]
+    return lines + [
+        f"{name:<21}" + "".join(f"{value:8.2f}" for value in row) for name, row in rows.items()
+    ]
 
 
 def main():
@@ -73,10 +86,16 @@ def main():
     data, out = Path(args.data), Path(args.out)
     names = [f"seed{n}" for n in range(args.seeds)]
     where = lambda name: ["--DR", str(data), "--save_root", str(out / name)]
-    train = {name: ["Trainer.py", *where(name), "--resume", "--seed", str(n), *joined(flags)] for n, name in enumerate(names)}
+    train = {
+        name: ["Trainer.py", *where(name), "--resume", "--seed", str(n), *joined(flags)]
+        for n, name in enumerate(names)
+    }
     of_a_test = {name: words for name, words in flags.items() if name in OF_A_TEST}
     files = ["--ckpt_path", *(str(out / name / "best.ckpt") for name in names), *joined(of_a_test)]
-    test = {"test": ["Tester.py", *where("test"), *files], "all": ["Trainer.py", *where("all"), "--test", *files]}
+    test = {
+        "test": ["Tester.py", *where("test"), *files],
+        "all": ["Trainer.py", *where("all"), "--test", *files],
+    }
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, "OUT", "sweep"):

@@ -107,7 +107,8 @@ def test_a_learning_rate_that_nothing_survives(tiny_data, tiny_run, tmp_path, ca
 
 
 def test_a_first_step_that_is_skipped_is_no_warning(tiny_data, tmp_path):
-    flags = ["--num_epoch", 9, "--kl_weight", 1e300, "--kl_anneal_type", "None"]  # annealed, the first step has a beta of 0
+    # annealed, the first step would have a beta of 0
+    flags = ["--num_epoch", 9, "--kl_weight", 1e300, "--kl_anneal_type", "None"]
     done = run_cli("Trainer.py", "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, *flags)
     assert done.returncode == 2
     assert "--kl_weight 1e+300: the loss was not finite" in one_line(done.stderr)

@@ -136,7 +136,8 @@ def test_the_pool_recipe_has_room_for_every_cycle(capsys):
     assert capsys.readouterr().out == "" and schedule.get_beta() == 0
     betas = [beta_at(flags("--num_epoch", "1"), k / 80) for k in range(81)]
     assert betas == pytest.approx([k % 8 / 8 for k in range(80)] + [1])
-    monotonic = flags("--num_epoch", "5", "--kl_anneal_type", "Monotonic", "--kl_anneal_ratio", "0.5")
+    words = ["--num_epoch", "5", "--kl_anneal_type", "Monotonic", "--kl_anneal_ratio", "0.5"]
+    monotonic = flags(*words)
     assert [beta_at(monotonic, e) for e in (0, 1.25, 2.5, 4, 5)] == pytest.approx([0, 0.5, 1, 1, 1])
 
 
@@ -236,30 +237,35 @@ def test_fast_train_with_a_share_of_the_rest(tiny_data, tmp_path):
 
 def steps_of(data, folder, *words):
     """The columns of steps.csv, as lists of numbers, of a run of `words`."""
-    Trainer.main(["--DR", str(data), "--save_root", str(folder), *TINY, "--val_vi_len", "4", *words])
+    words = [*TINY, "--val_vi_len", "4", *words]
+    Trainer.main(["--DR", str(data), "--save_root", str(folder), *words])
     with open(folder / "steps.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
 def test_a_pool_run_of_one_epoch_has_whole_curves(tiny_data, tmp_path):
-    found = steps_of(tiny_data, tmp_path, "--num_epoch", "1", "--batch_size", "1", "--tfr_sde", "1", "--tfr_d_step", "1",
-                     "--tfr_min", "0.25")
+    words = ["--num_epoch", "1", "--batch_size", "1"]
+    words += ["--tfr_sde", "1", "--tfr_d_step", "1", "--tfr_min", "0.25"]
+    found = steps_of(tiny_data, tmp_path, *words)
     shares = [step / 64 for step in range(64)]
-    assert found["step"] == list(range(1, 65)) and found["epoch"] == [step / 64 for step in range(1, 65)]
+    assert found["step"] == list(range(1, 65))
+    assert found["epoch"] == [step / 64 for step in range(1, 65)]
     assert found["tfr"] == pytest.approx([max(0.25, 1 - share) for share in shares])
     assert found["beta"] == pytest.approx([10 * share % 1 for share in shares])
     assert min(found["beta"]) == 0 and max(found["beta"]) > 0.8
     falls = [b for a, b in zip(found["beta"], found["beta"][1:]) if b < a]
     assert len(falls) == 9  # ten cycles
     args = flags("--num_epoch", "1")
-    assert found["lr"] == pytest.approx([args.lr * learning_rate_factor(args, 0, share) for share in shares])
+    rates = [args.lr * learning_rate_factor(args, 0, share) for share in shares]
+    assert found["lr"] == pytest.approx(rates)
     assert len(set(found["lr"])) == 64 and found["lr"][-1] < 0.01 * args.lr
 
 
 def test_the_templates_recipe_moves_by_whole_epochs(tiny_data, tmp_path):
-    found = steps_of(tiny_data, tmp_path, "--recipe", "template", "--train_vi_len", "4", "--num_epoch", "4", "--tfr_sde", "1",
-                     "--tfr_d_step", "0.5", "--kl_anneal_cycle", "2")
+    words = ["--recipe", "template", "--train_vi_len", "4", "--num_epoch", "4"]
+    words += ["--tfr_sde", "1", "--tfr_d_step", "0.5", "--kl_anneal_cycle", "2"]
+    found = steps_of(tiny_data, tmp_path, *words)
     each = lambda *values: [value for value in values for _ in range(8)]  # 8 steps an epoch
     assert found["epoch"] == [step / 8 for step in range(1, 33)]
     assert found["tfr"] == pytest.approx(each(1, 0.5, 0, 0))
@@ -269,8 +275,10 @@ def test_the_templates_recipe_moves_by_whole_epochs(tiny_data, tmp_path):
 
 def test_cut_cycles_are_the_run(tiny_data, tmp_path, capsys):
     words = ["--num_epoch", "2", "--kl_anneal_ratio", "0.5"]
-    found = steps_of(tiny_data, tmp_path / "template", "--recipe", "template", "--train_vi_len", "4", *words)
-    assert capsys.readouterr().out.count("--kl_anneal_cycle 10 is more than 2 epochs hold: 1 used") == 1
+    windows = ["--recipe", "template", "--train_vi_len", "4"]
+    found = steps_of(tiny_data, tmp_path / "template", *windows, *words)
+    said = capsys.readouterr().out
+    assert said.count("--kl_anneal_cycle 10 is more than 2 epochs hold: 1 used") == 1
     assert found["beta"] == [0] * 8 + [1] * 8
     found = steps_of(tiny_data, tmp_path / "pool", *words, "--kl_anneal_cycle", "4")
     assert "--kl_anneal_cycle" not in capsys.readouterr().out
@@ -278,8 +286,8 @@ def test_cut_cycles_are_the_run(tiny_data, tmp_path, capsys):
 
 
 def test_a_pool_of_long_windows_says_how_many_steps_are_left(tiny_data, tmp_path, capsys):
-    found = steps_of(tiny_data, tmp_path, "--train_vi_len", "16", "--batch_size", "2", "--num_epoch", "1", "--tfr_sde", "0",
-                     "--tfr_d_step", "1")
+    words = ["--train_vi_len", "16", "--batch_size", "2", "--num_epoch", "1"]
+    found = steps_of(tiny_data, tmp_path, *words, "--tfr_sde", "0", "--tfr_d_step", "1")
     said = capsys.readouterr().out
     assert "2 steps an epoch (--train_vi_len 16: a step predicts 15 frames of each rollout)" in said
     assert found["step"] == [1, 2] and found["tfr"] == [0.035] * 2

@@ -15,7 +15,8 @@ def test_scalars_and_gif(tiny_data, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     Trainer.main(["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY, "--tensorboard"])
-    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    everything = {"scalars": 0, "images": 0}
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance=everything)
     board.Reload()
     rows = list(csv.DictReader(open(tmp_path / "history.csv", newline="", encoding="utf-8")))
     for name, column in (("val/psnr_mean", "val_psnr_mean"), ("train/kl", "train_kl"), ("beta", "beta"), ("tfr", "tfr")):
@@ -25,7 +26,8 @@ def test_scalars_and_gif(tiny_data, tmp_path):
     for name in ("lr", "tfr", "tf_share", "beta", "loss", "reconstruction", "mse", "kl"):
         events = board.Scalars(f"step/{name}")
         assert [event.step for event in events] == [int(row["step"]) for row in steps]
-        assert [event.value for event in events] == pytest.approx([float(row[name]) for row in steps])
+        logged = [event.value for event in events]
+        assert logged == pytest.approx([float(row[name]) for row in steps])
     gif = board.Images("validation")[-1]
     assert gif.encoded_image_string == (tmp_path / "val_pred.gif").read_bytes() and (gif.width, gif.height) == (96, 16)
 

@@ -1,4 +1,4 @@
-"""scripts/train_seeds.sh: N seeds, resumed like a sweep, tested together; Trainer.py and Tester.py only pretend."""
+"""scripts/train_seeds.sh: N seeds, resumed like a sweep, tested together; the scripts pretend."""
 
 import json
 import shutil
@@ -7,15 +7,19 @@ import signal
 import pytest
 from test_sweep import PRETENDER, project, starts, sweep, until  # noqa: F401
 
-# a pretender whose seed n has PSNRs of 30 + n, less 5 in the worst frame, 1 more in the last; together 3 more
-TRAINER = PRETENDER.replace('''    args = build_parser().parse_args()
-''', '''    def write_psnr(root, mean):
+# seed n has a mean PSNR of 30 + n dB, 5 dB less in the worst frame, 1 more in the last; together 33
+TRAINER = (
+    PRETENDER.replace(
+        """    args = build_parser().parse_args()
+""",
+        """    def write_psnr(root, mean):
         values = [mean - 5, mean + 4, mean + 1]
         lines = [f"{t},{value}" for t, value in enumerate(values, 1)]
         (root / "psnr_per_frame.csv").write_text("\\n".join(["frame,psnr", *lines]) + "\\n")
 
     if "--test" in sys.argv:
-        root, first = Path(sys.argv[sys.argv.index("--save_root") + 1]), sys.argv.index("--ckpt_path") + 1
+        root = Path(sys.argv[sys.argv.index("--save_root") + 1])
+        first = sys.argv.index("--ckpt_path") + 1
         files = [word for word in sys.argv[first:] if word.endswith("best.ckpt")]
         assert all(Path(file).is_file() for file in files)
         with open(os.environ["STARTS"], "a") as starts:
@@ -27,17 +31,20 @@ TRAINER = PRETENDER.replace('''    args = build_parser().parse_args()
         write_psnr(root, 33)
         sys.exit(0)
     args = build_parser().parse_args()
-''') + '''
+""",
+    )
+    + """
     (root / "best.ckpt").touch()
     write_psnr(root, 30 + args.seed)
-'''
-TESTER = '''
+"""
+)
+TESTER = """
 import os, sys
 from pathlib import Path
 root = Path(sys.argv[sys.argv.index("--save_root") + 1])
 print(root.name, *sys.argv[1:], file=open(os.environ["STARTS"], "a"))
 (root / "submission.csv").touch()
-'''
+"""
 
 
 @pytest.fixture
@@ -46,12 +53,25 @@ def seeds(project):  # noqa: F811
     tree = project / "a project"
     (tree / "Trainer.py").write_text(TRAINER)
     (tree / "Tester.py").write_text(TESTER)
-    shutil.copy(tree / "scripts" / "train_seeds.sh", tree / "scripts" / "sweep_seeds.sh")  # the name that `sweep` starts
+    shutil.copy(
+        tree / "scripts" / "train_seeds.sh", tree / "scripts" / "sweep_seeds.sh"
+    )  # the name that `sweep` starts
     return lambda *words, **options: sweep(project, "seeds", *words, **options)
 
 
 def test_seeds_are_trained_tested_together_and_compared(seeds, project):  # noqa: F811
-    done = seeds("data", "out", 2, "--num_epoch", 2, "--lr=0.002", "--fast_train", "--device", "cpu", "--store_visualization")
+    done = seeds(
+        "data",
+        "out",
+        2,
+        "--num_epoch",
+        2,
+        "--lr=0.002",
+        "--fast_train",
+        "--device",
+        "cpu",
+        "--store_visualization",
+    )
     assert done.returncode == 0, done.stderr
     first, second, test, together = starts(project)
     for n, line in enumerate((first, second)):
@@ -63,8 +83,13 @@ def test_seeds_are_trained_tested_together_and_compared(seeds, project):  # noqa
     assert together == ["all", "--DR", "data", "--save_root", "out/all", "--test", *both]
     assert (project / "out" / "test" / "submission.csv").is_file()
     lines = [line.split() for line in done.stdout.splitlines()[-5:]]
-    assert [line[-3:] for line in lines] == [["mean", "min", "last"], ["30.00", "25.00", "31.00"], ["31.00", "26.00", "32.00"],
-                                             ["30.50", "25.50", "31.50"], ["33.00", "28.00", "34.00"]]
+    assert [line[-3:] for line in lines] == [
+        ["mean", "min", "last"],
+        ["30.00", "25.00", "31.00"],
+        ["31.00", "26.00", "32.00"],
+        ["30.50", "25.50", "31.50"],
+        ["33.00", "28.00", "34.00"],
+    ]
     assert [line[0] for line in lines[1:]] == ["seed0", "seed1", "mean", "together"]
 
 
@@ -73,16 +98,24 @@ def test_called_again_it_trains_only_what_is_missing(seeds, project):  # noqa: F
     more = seeds("data", "out", 2, "--num_epoch", 1, "--num_workers", 0)
     assert more.returncode == 0 and "seed0: done already" in more.stdout
     assert [line[0] for line in starts(project)] == ["seed0", "test", "all", "seed1", "test", "all"]
-    assert all("out/seed1/best.ckpt" in line and "--num_workers" in line for line in starts(project)[4:])
+    assert all(
+        "out/seed1/best.ckpt" in line and "--num_workers" in line for line in starts(project)[4:]
+    )
     other = seeds("data", "out", 2, "--num_epoch", 3)
     assert other.returncode == 2 and "--num_epoch 1" in other.stderr
 
 
-@pytest.mark.parametrize("fails, begun", [("seed0", ["seed0", "seed1"]), ("all", ["seed0", "seed1", "test", "all"])])
-def test_a_failure_is_one_line_and_nothing_is_built_on_it(seeds, project, fails, begun):  # noqa: F811
+@pytest.mark.parametrize(
+    "fails, begun", [("seed0", ["seed0", "seed1"]), ("all", ["seed0", "seed1", "test", "all"])]
+)
+def test_a_failure_is_one_line_and_ends_it(seeds, project, fails, begun):  # noqa: F811
     done = seeds("data", "out", 2, "--num_epoch", 1, FAILS=fails)
-    line, = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and f"{fails} failed with status 1: no luck" in line and "train.log" in line
+    (line,) = done.stderr.strip().splitlines()
+    assert (
+        done.returncode == 1
+        and f"{fails} failed with status 1: no luck" in line
+        and "train.log" in line
+    )
     assert [line[0] for line in starts(project)] == begun
     assert "together" not in done.stdout
     assert fails not in json.loads((project / "out" / "sweep.json").read_text())["done"]
@@ -100,12 +133,21 @@ def test_a_stop_lets_the_run_save_and_the_same_command_resumes(seeds, project): 
     assert int(starts(project)[1][2]) > 0, "the first seed began again"
 
 
-@pytest.mark.parametrize("words, said", [
-    (["absent", "out", "1"], "absent"), (["data", "out"], "N"), (["data", "out", "0"], "0"), (["data", "out", "two"], "two"),
-    (["data", "out", "1", "--seed", "3"], "--seed"), (["data", "out", "1", "--ckpt_path", "x"], "--ckpt_path"),
-    (["data", "out", "1", "--save_root=x"], "--save_root"), (["data", "out", "1", "--no_such_flag"], "--no_such_flag")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["absent", "out", "1"], "absent"),
+        (["data", "out"], "N"),
+        (["data", "out", "0"], "0"),
+        (["data", "out", "two"], "two"),
+        (["data", "out", "1", "--seed", "3"], "--seed"),
+        (["data", "out", "1", "--ckpt_path", "x"], "--ckpt_path"),
+        (["data", "out", "1", "--save_root=x"], "--save_root"),
+        (["data", "out", "1", "--no_such_flag"], "--no_such_flag"),
+    ],
+)
 def test_user_errors_are_one_line_and_start_nothing(seeds, project, words, said):  # noqa: F811
     done = seeds(*words)
-    line, = done.stderr.strip().splitlines()
+    (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 2 and said in line
     assert not starts(project) and not (project / "out").exists()
