@@ -207,6 +207,13 @@ def sweep_parser(kind):
     return parser
 
 
+def words_of(action, value):
+    """Return the words that give a flag its value on the command line."""
+    if action.nargs == 0:
+        return [f"--{action.dest}" if value else f"--no-{action.dest}"]
+    return [f"--{action.dest}", *map(str, value if isinstance(value, list) else [value])]
+
+
 def parse(argv):
     """The command line as (kind, args, {flag: words to hand to Trainer.py}). Checks every flag
     now, once.
@@ -223,8 +230,7 @@ def parse(argv):
                 raise UserError(
                     f"--{action.dest}: is set by the sweep itself; expected it left out"
                 )
-            value = getattr(args, action.dest)
-            flags[action.dest] = [f"--{action.dest}"] + ([] if action.nargs == 0 else [str(value)])
+            flags[action.dest] = words_of(action, getattr(args, action.dest))
     for flag, value in own_defaults(kind, args).items():
         if flag not in flags:
             setattr(args, flag, value)

@@ -15,7 +15,7 @@ from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-from sweep import FORBIDDEN, Record, Stop, tell_failed, train_all  # noqa: E402
+from sweep import FORBIDDEN, Record, Stop, tell_failed, train_all, words_of  # noqa: E402
 from utils.cli import UserError, number, run, say  # noqa: E402
 from utils.files import locked  # noqa: E402
 
@@ -50,8 +50,7 @@ def parse(argv):
         if action.dest in args.given and action.dest not in ("data", "out", "seeds", "jobs"):
             if action.dest in OWN:
                 raise UserError(f"--{action.dest}: is set by train_seeds.sh itself; leave it out")
-            value = [] if action.nargs == 0 else [str(getattr(args, action.dest))]
-            flags[action.dest] = [f"--{action.dest}", *value]
+            flags[action.dest] = words_of(action, getattr(args, action.dest))
     if not Path(args.data).is_dir():
         raise UserError(f"DATA {args.data}: no such folder")
     return args, flags

@@ -123,6 +123,13 @@ def test_tfr_sweep_by_the_clock_says_where_its_decays_are(project):
     assert done.returncode == 0 and "--max_minutes: the decays start in epochs 8 and 2, " in done.stdout
 
 
+def test_a_switch_that_is_turned_off_stays_off(project):
+    sweep(project, "kl", "data", "out", "--num_epoch", 20, "--no-refresh_norm")
+    assert len(starts(project)) == 3
+    for line in starts(project):
+        assert "--no-refresh_norm" in line and "--refresh_norm" not in line
+
+
 def test_runs_that_are_done_are_skipped(project):
     assert sweep(project, "kl", "data", "out", "--num_epoch", 1).returncode == 0
     again = sweep(project, "kl", "data", "out", "--num_epoch", 1, "--num_workers", 0)

@@ -93,6 +93,14 @@ def test_seeds_are_trained_tested_together_and_compared(seeds, project):  # noqa
     assert [line[0] for line in lines[1:]] == ["seed0", "seed1", "mean", "together"]
 
 
+def test_a_switch_that_is_turned_off_stays_off(seeds, project):  # noqa: F811
+    done = seeds("data", "out", 1, "--num_epoch", 1, "--no-refresh_norm", "--no_cache")
+    assert done.returncode == 0, done.stderr
+    train, test, together = starts(project)
+    assert "--no-refresh_norm" in train and "--refresh_norm" not in train
+    assert all("--no_cache" in line for line in (train, test, together))
+
+
 def test_called_again_it_trains_only_what_is_missing(seeds, project):  # noqa: F811
     assert seeds("data", "out", 1, "--num_epoch", 1).returncode == 0
     more = seeds("data", "out", 2, "--num_epoch", 1, "--num_workers", 0)
