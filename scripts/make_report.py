@@ -3,8 +3,8 @@
 
     python scripts/make_report.py ckpt -o report
     python scripts/make_report.py --best ckpt --kl runs_kl/{Cyclical,Monotonic,None} \\
-        --tfr runs_tfr/{always,decay_late,decay_early,never} -o report --student_id 313553009 --name
-        林于翔
+        --tfr runs_tfr/{always,decay_late,decay_early,never} \\
+        -o report --student_id 313553009 --name 林于翔
 
 A RUN is a folder that Trainer.py wrote (its --save_root); one run may serve several sections.
 Sections are the assignment's rubric: --kl has the runs of C.ii (loss curves), --tfr those of C.i
