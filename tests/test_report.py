@@ -15,7 +15,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from PIL import Image
-from test_figures import ROOT, command, made_up_frame, make_gif, make_run, refused
+from conftest import ROOT
+from made_up import made_up_frame, make_gif, make_run, to_array
+from test_figures import command, refused
 
 SECTIONS = ["A. Introduction", "B.i ", "B.ii ", "B.iii ", "B.iv ", "C.i ", "C.ii ", "C.iii ", "C.iv "]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -46,7 +48,7 @@ def test_sections_of_the_rubric_and_room_for_analysis(report):
     page, text = (report / "report.html").read_text(), (report / "report.md").read_text()
     for section in SECTIONS:
         assert f">{section}" in page and re.search(f"^##+ {re.escape(section)}", text, re.M), section
-    assert page.count('class="analysis"') == text.count("**Your analysis:**") == 9
+    assert page.count('class="analysis"') == text.count("**Your text:**") == 9
 
 
 def test_the_page_loads_nothing_and_is_small(report):
@@ -57,39 +59,63 @@ def test_the_page_loads_nothing_and_is_small(report):
     assert set(re.findall(r"https?://[^\s\"']+", page)) <= {"http://www.w3.org/2000/svg"}  # a name, not an address
 
 
-def test_settings_that_differ_and_that_are_equal(report):
+def test_settings_that_differ_come_first_and_all_at_the_end(report):
     text = (report / "report.md").read_text()
-    differs, equal = text.split("What differs between the runs:")[1].split("What is equal in all runs:")
+    section = text.split("## C.ii")[1].split("## C.iii")[0]
+    assert section.index("| `--kl_anneal_type` | Cyclical |") < section.index("loss_curves.png")
+    assert "`--seed`" not in section and "`--num_epoch 2` (70)" in section  # the template's in brackets
+    differs, equal = text.split("## Appendix")[1].split("What is equal in all runs:")
     assert "`--kl_anneal_type`" in differs and "`--seed`" not in differs
-    assert "`--seed`" in equal.split("## A.")[0] and "`--kl_anneal_type`" not in equal.split("## A.")[0]
+    assert "`--seed`" in equal and "`--kl_anneal_type`" not in equal
     assert "/some/where" not in text and "`--save_root`" not in text
 
 
-def test_pictures_of_the_markdown_are_there(report):
+def test_images_of_the_markdown_are_there(report):
     names = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (report / "report.md").read_text())
-    assert len(names) == 5 + 3 and all((report / name).is_file() for name in names)
+    assert len(names) == 7 + 3 and all((report / name).is_file() for name in names)
 
 
-def test_functions_are_named_where_they_stand(report):
-    text = (report / "report.md").read_text()
-    line = int(re.search(r"`Gaussian_Predictor.reparameterize` \(modules/modules.py, line (\d+)\)", text)[1])
-    assert "def reparameterize" in (ROOT / "modules" / "modules.py").read_text().splitlines()[line - 1]
+def test_code_is_printed_open_with_file_and_line(report):
+    page = (report / "report.html").read_text()
+    assert "<details" not in page and "not found in this copy" not in page
+    for name in ("VAE_Model.training_one_step", "VAE_Model.rollout", "Gaussian_Predictor.reparameterize", "teacher_forcing_ratio", "beta_at"):
+        file, line = re.search(rf"<code>{name}</code> in (\S+), line (\d+)</p><pre>def {name.split('.')[-1]}\(", page).groups()
+        assert f"def {name.split('.')[-1]}(" in (ROOT / file).read_text().splitlines()[int(line) - 1]
+
+
+def test_each_section_has_its_own_runs(tmp_path):
+    kl = [make_run(tmp_path / kind, kind, epochs=8, frames=20) for kind in ("Cyclical", "Monotonic", "None")]
+    tfr = [make_run(tmp_path / name, "None", epochs=8, frames=20, tfr=(start, 2, 0.5)) for name, start in (("decay", 1), ("never", 0))]
+    out = tmp_path / "out"
+    result = command("make_report.py", "--best", kl[0], "--kl", *kl, "--tfr", *tfr, "-o", out, "--student_id", "313553009", "--name", "林于翔")
+    assert result.returncode == 0, result.stderr
+    text, page = (out / "report.md").read_text(), (out / "report.html").read_text()
+    part = lambda first, last: text.split(f"## {first}")[1].split(f"## {last}")[0]
+    assert "| decay |" in part("C.i ", "C.ii ") and "Cyclical" not in part("C.i ", "C.ii ")
+    assert "| Monotonic |" in part("C.ii ", "C.iii ") and "never |" not in part("C.ii ", "C.iii ")
+    assert "| Cyclical |" in part("C.iii ", "C.iv ") and "| Monotonic |" not in part("C.iii ", "C.iv ")
+    assert "| Cyclical | B, C.ii, C.iii, C.iv |" in text  # one run, several sections
+    assert text.splitlines()[2] == "313553009 林于翔" and "313553009 林于翔</p>" in page
+    assert "<title>LAB4_313553009_林于翔</title>" in page  # under which a browser saves its PDF
+
+
+def test_runs_that_were_the_same_are_said_to_be(tmp_path):
+    one, two = (make_run(tmp_path / name, "Cyclical", epochs=8, frames=5) for name in ("one", "two"))
+    result = command("make_report.py", "--kl", one, two, "-o", tmp_path / "out")
+    assert "one and two had the same beta throughout" in result.stdout
+    assert "one and two had the same beta throughout" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_merged_neighbours_of_the_gif_are_counted_again(tmp_path):
     sys.path.insert(0, str(ROOT / "scripts"))
-    import make_report
+    import report_frames
     make_gif(tmp_path / "a.gif", 31)
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames < 31
-    frames = make_report.read_rollout(tmp_path / "a.gif")
+    frames = report_frames.read_rollout(tmp_path / "a.gif")
     assert frames.shape == (31, 32, 192, 3)
     for t in (0, 1, 2, 15, 16, 30):
         assert abs(frames[t].astype(int) - to_array(made_up_frame(t))).mean() < 8
-
-
-def to_array(picture):
-    return np.asarray(picture).astype(int)
 
 
 def test_what_has_no_data_is_left_out_and_said(tmp_path):
@@ -112,14 +138,30 @@ def test_text_of_the_writer_survives_a_second_report(tmp_path):
     assert command("make_report.py", run, "-o", out).returncode == 0
     text = (out / "report.md").read_text()
     marker = text.index("(write here)", text.index("your analysis C.i:")) - 1
-    (out / "report.md").write_text(text[:marker] + "The loss & its <jump>.\n\nTwo lines." + text[marker + len("*(write here)*"):])
+    mine = "The loss & its <jump>.\n\n**Two** lines, $a_1 * b_1$ and $c_1 * d$.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\n![mine](val_psnr.png)"
+    (out / "report.md").write_text(text[:marker] + mine + text[marker + len("*(write here)*"):])
     page = (out / "report.html").read_text()
     (out / "report.html").write_text(page.replace('<html lang="en">', '<html lang="en" data-edited="1">'))
     result = command("make_report.py", run, "-o", out)
     assert result.returncode == 0, result.stderr
-    assert "The loss & its <jump>.\n\nTwo lines." in (out / "report.md").read_text()
-    assert "The loss &amp; its &lt;jump&gt;.\n\nTwo lines.</div>" in (out / "report.html").read_text()
+    assert mine in (out / "report.md").read_text()
+    rendered = (out / "report.html").read_text().split('data-key="C.i"')[1].split("</div>")[0]
+    assert "The loss &amp; its &lt;jump&gt;.</p>" in rendered and "<strong>Two</strong> lines" in rendered
+    assert "$a_1 * b_1$" in rendered and "<em>" not in rendered
+    assert '<td data-column="b">2</td>' in rendered and '<img src="data:image/png;base64,' in rendered
     assert "data-edited" in (out / "report_edited_1.html").read_text()[:200] and "report_edited_1.html" in result.stdout
+
+
+def test_without_the_markdown_library_the_text_stands_as_it_is(tmp_path):
+    run, out = make_run(tmp_path / "a", epochs=1, frames=3), tmp_path / "out"
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "markdown_it.py").write_text("raise ImportError")
+    assert command("make_report.py", run, "-o", out).returncode == 0
+    text = (out / "report.md").read_text()
+    (out / "report.md").write_text(text.replace("*(write here)*", "A **bold** <claim>."))
+    result = command("make_report.py", run, "-o", out, PYTHONPATH=str(tmp_path / "none"))
+    assert result.returncode == 0 and "pip install markdown-it-py" in result.stdout
+    assert (out / "report.html").read_text().count(">A **bold** &lt;claim&gt;.</div>") == 9
 
 
 def test_a_report_changed_elsewhere_is_kept_beside_the_new_one(tmp_path):
@@ -127,7 +169,7 @@ def test_a_report_changed_elsewhere_is_kept_beside_the_new_one(tmp_path):
     for _ in range(2):
         assert command("make_report.py", run, "-o", out).returncode == 0
     assert not list(out.glob("report_edited*"))  # nobody wrote anything
-    text = (out / "report.md").read_text().replace("**Your analysis:**", "**Your analysis:** it works", 1)
+    text = (out / "report.md").read_text().replace("**Your text:**", "**Your text:** it works", 1)
     (out / "report.md").write_text(text)
     result = command("make_report.py", run, "-o", out)
     assert result.returncode == 0 and "report_edited_1.md" in result.stdout
@@ -137,6 +179,9 @@ def test_a_report_changed_elsewhere_is_kept_beside_the_new_one(tmp_path):
 def test_user_errors_are_one_line_and_write_nothing(tmp_path):
     run, out = make_run(tmp_path / "a", epochs=1, frames=3), tmp_path / "out"
     refused(command("make_report.py", tmp_path / "absent", "-o", out), "absent")
+    refused(command("make_report.py", "-o", out), "RUN")
+    refused(command("make_report.py", "--kl", run, run, "-o", out), "--kl", "twice")
+    refused(command("make_report.py", run, "-o", out, "--name", "a/b"), "--name")
     (run / "last.ckpt").write_bytes(b"PK nothing")
     refused(command("make_report.py", run, "-o", out), "last.ckpt")
     (run / "last.ckpt").unlink()
@@ -191,7 +236,8 @@ const canvas = document.querySelectorAll('#player canvas');
 const cursor = document.getElementById('cursor'), box = document.getElementById('plot').getBoundingClientRect();
 return {frame: +document.getElementById('frame').value, said: document.getElementById('where').textContent,
         cursor: +cursor.getAttribute('x1'), readouts: [...document.querySelectorAll('#player output')].map(o => o.textContent),
-        pictures: [...canvas].map(c => c.toDataURL()), box: [box.left, box.top, box.width, box.height]};
+        pictures: [...canvas].map(c => c.toDataURL()), box: [box.left, box.top, box.width, box.height],
+        wide: +document.getElementById('plot').getAttribute('viewBox').split(' ')[2]};
 """
 
 
@@ -218,7 +264,7 @@ def test_slider_arrows_and_plot_move_frame_and_cursor_together(report, tmp_path)
             seen = script(LOOK)
             assert seen["frame"] == frame and seen["said"].startswith(f"frame {frame} of {FRAMES}")
             # frames 0 (given) to FRAMES lie evenly between the plot's margins
-            assert seen["cursor"] == pytest.approx(46 + (960 - 46 - 12) * frame / FRAMES, abs=0.01)
+            assert seen["cursor"] == pytest.approx(46 + (seen["wide"] - 46 - 14) * frame / FRAMES, abs=0.01)
             assert seen["readouts"][0] == (f"{psnr['Cyclical'][frame]:.2f} dB" if frame else "\u2013")
             width = made_up_frame(frame).width // 3
             for part, url in enumerate(seen["pictures"]):
@@ -246,11 +292,14 @@ def test_slider_arrows_and_plot_move_frame_and_cursor_together(report, tmp_path)
         expect(0)
 
         script("document.getElementById('plot').scrollIntoView({block: 'center'})")
-        box = expect(0)["box"]
-        at = round(box[0] + box[2] * (46 + (960 - 46 - 12) * 20 / FRAMES) / 960), round(box[1] + box[3] / 2)
+        seen = expect(0)
+        box, wide = seen["box"], seen["wide"]
+        at = round(box[0] + box[2] * (46 + (wide - 46 - 14) * 20 / FRAMES) / wide), round(box[1] + box[3] / 2)
         call("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [
-            {"type": "pointerMove", "x": at[0], "y": at[1]}, {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]}]})
+            {"type": "pointerMove", "x": at[0] - 200, "y": at[1] + 200}, {"type": "pointerMove", "x": at[0] - 100, "y": at[1]},
+            {"type": "pointerDown", "button": 0}, {"type": "pointerMove", "x": at[0], "y": at[1]}, {"type": "pointerUp", "button": 0}]}]})
         expect(20)
+        assert script("return getSelection().toString()") == ""  # a drag selects no text
 
         script("document.getElementById('play').click()")
         time.sleep(0.5)
@@ -273,3 +322,34 @@ def test_slider_arrows_and_plot_move_frame_and_cursor_together(report, tmp_path)
         problems = [entry["message"] for entry in call("POST", "/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
         assert not problems
         script("window.onbeforeunload = null; unsaved = false")
+
+
+FITS = """
+const wide = document.documentElement, slider = document.getElementById('frame').getBoundingClientRect();
+const plot = document.getElementById('plot').getBoundingClientRect();
+const outside = [...document.querySelectorAll('#plot text')].filter(t => {
+  const box = t.getBoundingClientRect();
+  return box.left < plot.left || box.right > plot.right || box.bottom > plot.bottom || box.top < plot.top; }).map(t => t.textContent);
+const over = [...document.querySelectorAll('main *')].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0
+  && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX)).map(e => e.outerHTML.slice(0, 80));
+const canvas = document.querySelector('#player canvas');
+return {scrolls: wide.scrollWidth - wide.clientWidth, slider: slider.width, plot: plot.width, outside, over, canvas: [
+  canvas.getBoundingClientRect().width / canvas.width, getComputedStyle(canvas).imageRendering]};
+"""
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+@pytest.mark.parametrize("width", [420, 1200])
+def test_the_page_fits_its_window(report, tmp_path, width):
+    with browser(tmp_path, (report / "report.html").as_uri()) as call:
+        call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": {
+            "width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}})
+        until = time.monotonic() + 60
+        while call("POST", "/execute/sync", {"script": "return document.getElementById('player').dataset.ready", "args": []}) != "1":
+            assert time.monotonic() < until, "the player did not start"
+            time.sleep(0.1)
+        time.sleep(0.5)  # the plot follows the window
+        seen = call("POST", "/execute/sync", {"script": FITS, "args": []})
+    assert seen["scrolls"] <= 0 and not seen["over"] and not seen["outside"], seen
+    assert seen["slider"] == pytest.approx(seen["plot"], abs=4)
+    assert seen["canvas"] == [4, "pixelated"]
