@@ -93,7 +93,7 @@ def drawn(name, *folders):
 
 
 def words(figure):
-    return " ".join(text.get_text() for ax in figure.axes for text in [ax.title, *ax.texts])
+    return " ".join(" ".join(text.get_text() for ax in figure.axes for text in [ax.title, *ax.texts]).split())
 
 
 def test_values_that_are_not_finite_are_named_in_the_figure(tmp_path):
@@ -157,6 +157,18 @@ def test_psnr_ends_at_its_floor_of_error(tmp_path):
     assert "inf" not in (tmp_path / "out" / "psnr_summary.csv").read_text()
     legend = drawn("psnr_per_frame", run).legends[0].get_texts()[0].get_text()
     assert "mean 100.00 dB" in legend
+
+
+def test_a_note_leaves_the_panels_as_wide_as_each_other(tmp_path):
+    runs = [make_run(tmp_path / kind, kind, epochs=8) for kind in ("Cyclical", "Monotonic", "None")]
+    table = [line.split(",") for line in (runs[2] / "steps.csv").read_text().splitlines()]
+    table[1][table[0].index("loss")] = "5"
+    (runs[2] / "steps.csv").write_text("\n".join(map(",".join, table)) + "\n")
+    figure = drawn("loss_parts", *runs)
+    assert "Axis cut: the total reaches 5" in words(figure)
+    plot_runs.render(figure, "png")  # lays it out
+    widths = [ax.get_position().width for ax in figure.axes]
+    assert max(widths) - min(widths) < 0.01 and sum(widths) > 0.75
 
 
 def test_a_spike_stays_inside_the_axis(tmp_path):
