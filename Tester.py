@@ -1,7 +1,9 @@
-"""Roll out the test sequences with a trained checkpoint; write submission.csv and a GIF of each sequence.
+"""Roll out the test sequences with a trained checkpoint; write submission.csv and GIFs.
 
-    python Tester.py --ckpt_path ckpt/best.ckpt                                  # output in ckpt/test/
-    python Tester.py --DR data --save_root out --ckpt_path ckpt/best.ckpt        # the assignment's command
+    # output in ckpt/test/
+    python Tester.py --ckpt_path ckpt/best.ckpt
+    # the assignment's command
+    python Tester.py --DR data --save_root out --ckpt_path ckpt/best.ckpt
 
 Sizes, frame shape, output activation and data path come from the checkpoint where no flag is given.
 """
@@ -9,63 +11,74 @@ Sizes, frame shape, output activation and data path come from the checkpoint whe
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from utils import cli  # before PyTorch: see utils/__init__.py
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from utils import cli
 from utils import options
 import dataloader
 from utils.cli import UserError, progress
 from dataloader import frame_transform
 from utils.frame_cache import cache_folder, cached, to_float
 from utils.hardware import check_torch
-from utils.files import check_save_root, make_folder
-from utils.submission import check_submission, csv_rows, write_submission
-from Trainer import VAE_Model, adopt_settings, require
+from utils.files import check_save_root, make_folder, output_folder
+from utils.submission import check_submission, csv_rows, format_warning, write_submission
+from Trainer import VAE_Model
+from utils.checkpoint import adopt_settings
 
 GIF_TICK = 20  # milliseconds a frame, the template's
-FROM_CHECKPOINT = {"DR", "F_dim", "L_dim", "N_dim", "D_out_dim", "frame_H", "frame_W", "output", "val_vi_len"}
+FROM_CHECKPOINT = {"DR", "F_dim", "L_dim", "N_dim", "D_out_dim", "frame_H", "frame_W", "output",
+                   "val_vi_len"}
 
 
 # ---------------------------------------------------------------- the model that is tested
 
 class Dataset_Dance(dataloader.Dataset_Dance):
-    """The test sequences: by default what the template's class of this name in Tester.py gives."""
+    """The test sequences, by default as the template's class of this name in Tester.py."""
 
     def __init__(self, root, transform, mode="test", video_len=7, partial=1.0):
         super().__init__(root, transform, mode, video_len, partial)
 
 
 class Test_model(VAE_Model):
-    """A VAE_Model that rolls out the test sequences: its `eval` writes the submission and the GIFs into save_root."""
+    """A VAE_Model whose `eval` rolls out the test sequences and writes submission and GIFs."""
 
     @staticmethod
     def flags():
         return build_parser()
 
     def val_dataloader(self):
-        """The test sequences one by one: first frame (1, 1, 3, H, W) and poses (1, val_vi_len, 3, H, W)."""
+        """Return a loader of the test sequences, one by one.
+
+        Each is its first frame (1, 1, 3, H, W) and its poses (1, val_vi_len, 3, H, W).
+        """
         args = self.args
-        dataset = Dataset_Dance(args.DR, frame_transform(args.frame_H, args.frame_W), video_len=args.val_vi_len)
+        transform = frame_transform(args.frame_H, args.frame_W)
+        dataset = Dataset_Dance(args.DR, transform, video_len=args.val_vi_len)
         for _, labels in dataset.sequences:
             if len(labels) != args.val_vi_len:
-                raise UserError(f"{labels[0].parent}: holds {len(labels)} poses; expected {args.val_vi_len} (--val_vi_len)")
-        # threads, not worker processes: 630 poses of every sequence don't fit the shared memory of a small container
+                raise UserError(f"{labels[0].parent}: holds {len(labels)} poses; "
+                                f"expected {args.val_vi_len} (--val_vi_len)")
+        # threads: the poses of all sequences do not fit a small container's shared memory
         paths = [path for first, labels in dataset.sequences for path in (first, *labels)]
         folder = None if args.no_cache else cache_folder(args.DR, args.cache_dir)
-        pictures = cached(paths, args.frame_H, args.frame_W, folder, args.num_workers, "decoding test poses")
-        sequences = to_float(torch.from_numpy(pictures)).unflatten(0, (len(dataset), 1 + args.val_vi_len))
+        images = cached(paths, args.frame_H, args.frame_W, folder, args.num_workers,
+                        "decoding test poses")
+        images = to_float(torch.from_numpy(images))
+        sequences = images.unflatten(0, (len(dataset), 1 + args.val_vi_len))
         return DataLoader([(sequence[:1], sequence[1:]) for sequence in sequences], 1)
 
     def val_one_step(self, img, label, idx=0):
-        """Roll out a batch of sequences from img (S, 1, 3, H, W) and label (S, T, 3, H, W). idx: the first one's number.
+        """Roll out a batch of sequences from img (S, 1, 3, H, W) and label (S, T, 3, H, W).
 
-        Returns the frames (S, T, 3, H, W) in [0, 1], the given first frame included, and the CSV's rows of each sequence.
+        idx: the number of the first of them. Returns the frames (S, T, 3, H, W) in [0, 1], the
+        given first frame included, and the CSV's rows of each sequence.
         """
         first = img[:, 0].clamp(0, 1)
         rows = [[] for _ in first]
-        with ThreadPoolExecutor(1) as writer:  # text is made while the network goes on
+        with ThreadPoolExecutor(1) as writer:  # text is made while the network computes
             def write(frames):
                 for own, sequence in zip(rows, frames):
                     own.extend(csv_rows(sequence))
@@ -74,7 +87,7 @@ class Test_model(VAE_Model):
 
             def look(done, frames):
                 jobs.append(writer.submit(write, frames))
-                self.tqdm_bar("test", self.bar, done, advance=frames.shape[1])
+                self.tqdm_bar("test", self.session.bar, done, advance=frames.shape[1])
 
             generated = self.rollout(first, label, look)
         for job in jobs:
@@ -86,27 +99,34 @@ class Test_model(VAE_Model):
             pbar.update(advance)
 
     def eval(self):
-        """Roll out all test sequences together; write submission.csv and the GIFs. Returns the frames (S, T, 3, H, W)."""
+        """Roll out all test sequences together; write submission.csv and the GIFs.
+
+        Returns the frames (S, T, 3, H, W).
+        """
         args = self.args
         loader = self.val_dataloader()
-        total = len(loader.dataset) * args.val_vi_len
         img, label = (torch.cat(parts) for parts in zip(*loader))
-        with progress(total=args.val_vi_len - 1, desc=f"testing {len(img)} sequences", unit="frame") as self.bar:
+        with progress(total=args.val_vi_len - 1, desc=f"testing {len(img)} sequences",
+                      unit="frame") as self.session.bar:
             frames, rows = self.val_one_step(img, label)
 
         root = make_folder(args.save_root)
+        csv, values = root / "submission.csv", frames[0, 0].numel()
         with ThreadPoolExecutor(2) as writers:
-            jobs = [writers.submit(self.make_gif, sequence, root / f"pred_seq{i}.gif") for i, sequence in enumerate(frames)]
+            jobs = [writers.submit(self.make_gif, sequence, root / f"pred_seq{i}.gif")
+                    for i, sequence in enumerate(frames)]
             if args.make_gif:
-                jobs += [writers.submit(self.make_gif, torch.cat([poses, sequence], 3), root / f"pose_pred_seq{i}.gif")
+                jobs += [writers.submit(self.make_gif, torch.cat([poses, sequence], 3),
+                                        root / f"pose_pred_seq{i}.gif")
                          for i, (poses, sequence) in enumerate(zip(label, frames))]
-            write_submission(root / "submission.csv", [row for sequence in rows for row in sequence], frames[0, 0].numel())
+            write_submission(csv, [row for sequence in rows for row in sequence], values)
         for job in jobs:
             job.result()
         if not args.no_sanity:
-            written = check_submission(root / "submission.csv", len(frames), args.val_vi_len, frames[0, 0].numel())
-            if not np.array_equal(written.reshape(total, -1), np.rint(255 * frames.double().numpy()).reshape(total, -1)):
-                raise RuntimeError(f"{root / 'submission.csv'} does not hold the frames that were generated")
+            written = check_submission(csv, len(frames), args.val_vi_len, values)
+            generated = np.rint(255 * frames.double().numpy())
+            if not np.array_equal(written, generated.reshape(written.shape)):
+                raise RuntimeError(f"{csv} does not hold the frames that were generated")
         return frames
 
     def make_gif(self, images_list, img_name, duration=GIF_TICK):
@@ -117,32 +137,42 @@ class Test_model(VAE_Model):
 # ---------------------------------------------------------------- the command line
 
 def build_parser():
-    """The flags of Tester.py."""
-    parser = options.build_parser("Tester.py", "Roll out the test sequences and write the submission.")
-    parser.add_argument("--no_sanity", action="store_true", help="skip the check of submission.csv after writing it")
-    parser.add_argument("--make_gif", action="store_true", help="also write pose_pred_seq{i}.gif, the poses beside the frames")
+    """Return the parser of Tester.py's flags."""
+    parser = options.build_parser(
+        "Tester.py", "Roll out the test sequences and write the submission.")
+    parser.add_argument("--no_sanity", action="store_true",
+                        help="skip the check of submission.csv after writing it")
+    parser.add_argument("--make_gif", action="store_true",
+                        help="also write pose_pred_seq{i}.gif, the poses beside the frames")
     return parser
 
 
 def main(argv=None):
     check_torch()
     args = build_parser().parse_args(argv)
-    require(args, "ckpt_path")
-    settings = adopt_settings(args, FROM_CHECKPOINT)
-    for name in ("z", "rollouts"):  # not the checkpoint's to decide, but the score was another way of rolling out
-        if settings.get(name, getattr(args, name)) != getattr(args, name):
-            cli.say(f"--{name} {getattr(args, name)}: the run was validated with --{name} {settings[name]}")
-    require(args, "DR")
+    options.require(args, "ckpt_path")
+    settings = adopt_settings(args, VAE_Model.flags(), FROM_CHECKPOINT)
+    for name in ("z", "rollouts"):  # not the checkpoint's to decide, but its score depends on them
+        own = getattr(args, name)
+        if settings.get(name, own) != own:
+            cli.say(f"--{name} {own}: the run was validated with --{name} {settings[name]}")
+    options.require(args, "DR")
     if args.save_root is None:
-        args.save_root = str(Path(args.ckpt_path).parent / "test")
+        args.save_root = str(Path(options.as_list(args.ckpt_path)[0]).parent / "test")
     check_save_root(args.save_root)
+    names = "submission.csv", "pred_seq*.gif", "pose_pred_seq*.gif"
+    args.save_root = str(output_folder(args.save_root, names))
     with cli.catching_signals(cli.stop):
         model = Test_model(args)
         model.load_checkpoint()
-        cli.say(f"{args.device}, {model.precision_reason}")
+        cli.say(f"{args.device}, {model.picked_precision[1]}")
         frames = model.eval()
-    cli.say(f"{Path(args.save_root) / 'submission.csv'}: {frames.shape[0] * frames.shape[1]} rows; "
-                f"pred_seq0.gif to pred_seq{len(frames) - 1}.gif beside it")
+    csv = Path(args.save_root) / "submission.csv"
+    cli.say(f"{csv}: {frames.shape[0] * frames.shape[1]} rows; "
+            f"pred_seq0.gif to pred_seq{len(frames) - 1}.gif beside it")
+    warning = format_warning(*frames.shape[:2], frames.shape[2:])
+    if warning:
+        cli.say(f"{csv}: {warning}")
 
 
 if __name__ == "__main__":

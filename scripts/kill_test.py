@@ -6,7 +6,7 @@
 For each variant of training a reference run goes through unharmed. Then, in turn: start the run again, SIGKILL it at a
 random moment after training has begun, go on with --resume, and compare everything that is left behind with the
 reference's, bit by bit: every tensor and number in every checkpoint (weights, averages, optimizer, random states),
-history.csv and psnr_per_frame.csv; only timings may differ. Every second kill waits until a file is being written.
+history.csv, steps.csv and psnr_per_frame.csv; only timings may differ. Every second kill waits until a file is being written.
 A kill that came too late, when the run had ended, does not count. Exit status 0 only when all are equal.
 """
 
@@ -30,7 +30,7 @@ TINY = ("--frame_H", "16", "--frame_W", "32", "--F_dim", "16", "--L_dim", "8", "
         "--val_vi_len", "20", "--num_epoch", "3", "--device", "cpu")
 # what differs between them: pool and averages; the template's windows and epoch coin; loader processes; a data share that changes
 VARIANTS = {
-    "pool": ("--save_every_steps", "2", "--tfr", "0.3"),
+    "pool": ("--save_every_steps", "2", "--tfr", "0.6", "--tfr_sde", "1", "--tfr_d_step", "0.4"),
     "template": ("--recipe", "template", "--train_vi_len", "4", "--tfr", "0.6", "--tfr_sde", "1", "--save_every_steps", "1"),
     "pool, no cache, fast_train": ("--no_cache", "--fast_train", "--fast_train_epoch", "1", "--tf_coin", "batch", "--tfr", "0.5",
                                    "--save_every_steps", "3", "--num_workers", "2"),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes the hand-in: LAB4_{STUDENT_ID}_{NAME}.zip in the current folder, with the source and nothing that costs marks.
+# Writes the submission, LAB4_{STUDENT_ID}_{NAME}.zip, into the current folder: the source, and nothing that costs marks.
 #
 #   bash scripts/package.sh 313553009 林于翔
 #   bash scripts/package.sh 313553009 林于翔 --report my_report.pdf    also checks the report and names it beside the zip

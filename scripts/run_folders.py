@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from utils.cli import UserError
-from utils.logger import HISTORY, STEPS
+from utils.files import HISTORY, STEPS
 
 HIGHEST_PSNR = 100.0  # dB; the error of a frame is not counted below 1e-10
 WITHOUT = "w/o annealing (beta = 1)"

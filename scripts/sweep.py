@@ -314,12 +314,10 @@ def tell_epoch(name, row, num_epoch):
 
 
 def start(name, words, out, jobs):
-    """Start one Trainer.py in a session of its own, so that Ctrl-C reaches it through us alone,
-    and once.
-    """
+    """Start a script of the root, words[0], in a session of its own: Ctrl-C reaches it once."""
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "Trainer.py"), *words]
+    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if jobs > 1:  # runs that each take every core get in each other's way
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
@@ -405,6 +403,15 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
     return failed
 
 
+def tell_failed(failed, out):
+    """Print a line for each run that failed; failed: {name: exit status}. Returns the exit status."""
+    for name, status in failed.items():
+        log = out / name / "train.log"
+        print(f"{name} failed with status {status}: {last_line(log)} (all of it: {log})",
+              file=sys.stderr)
+    return 2 if set(failed.values()) == {2} else 1
+
+
 def write_report(kind, folders, out):
     """Figures and page of all runs that have a history. Returns the exit status."""
     if not folders:
@@ -424,15 +431,8 @@ def sweep(kind, args, flags, out):
     runs = {}
     for name, turned in RUNS[kind](args).items():
         words = [word for flag, value in turned.items() for word in (f"--{flag}", str(value))]
-        runs[name] = [
-            "--DR",
-            args.data,
-            "--save_root",
-            str(out / name),
-            "--resume",
-            *words,
-            *common,
-        ]
+        runs[name] = ["Trainer.py", "--DR", args.data, "--save_root", str(out / name), "--resume",
+                      *words, *common]
     stop = Stop()
     failed = train_all(runs, out, args.jobs, args.num_epoch, record, stop)
     if stop.signals:
@@ -450,18 +450,9 @@ def main():
         with locked(out, "OUT", "sweep"):
             failed, status = sweep(kind, args, flags, out)
     except OSError as error:
-        raise UserError(
-            f"OUT {out}: {error.strerror or error}; expected a folder that can be written"
-        ) from None
-    for name, code in failed.items():
-        log = out / name / "train.log"
-        print(
-            f"{name} failed with status {code}: {last_line(log)} (all of it: {log})",
-            file=sys.stderr,
-        )
-    if failed:
-        return 2 if set(failed.values()) == {2} else 1
-    return status
+        raise UserError(f"OUT {out}: {error.strerror or error}; "
+                        f"expected a folder that can be written") from None
+    return tell_failed(failed, out) if failed else status
 
 
 if __name__ == "__main__":

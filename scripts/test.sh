@@ -10,4 +10,4 @@ PYTHON=$(bash "$root/scripts/setup.sh" requirements-dev.txt)
 export PYTHON  # the tests start other scripts, which take the same Python
 cd "$root"
 # a process a core, a file at a time: what a file draws and trains once serves all of its tests
-exec "$PYTHON" -m pytest -q -n auto --dist loadfile tests "$@"
+exec "$PYTHON" -m pytest -q -n auto tests "$@"

@@ -10,7 +10,6 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks of the tests are too small to share out
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 # flags that make a run take a second
 TINY = ["--frame_H", "16", "--frame_W", "32", "--F_dim", "16", "--L_dim", "8", "--N_dim", "4", "--D_out_dim", "16",
@@ -65,3 +64,9 @@ def send_at(monkeypatch, method, call, number):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer.VAE_Model, method, wrapped)
+
+
+def steps(model):
+    """How many steps of the epoch were taken, and how many skipped."""
+    means = model.state.epoch_means.means()
+    return means["taken"], means["skipped_steps"]

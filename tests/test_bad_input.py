@@ -5,6 +5,7 @@ The table at the end of the first half is the promise of docs/RELIABILITY.md, ca
 
 import ctypes
 import os
+import pwd
 import shutil
 import struct
 import zlib
@@ -14,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_cli
-from PIL import Image
+from PIL import Image, ImageCms
 from torchvision import transforms
 
 from utils import cli
 import Tester
 import Trainer
-from dataloader import Dataset_Dance
+from dataloader import Dataset_Dance, list_test_sequences
 from utils.frame_cache import read_image
 
 SIZES = ["--frame_H", "8", "--frame_W", "16", "--F_dim", "8", "--L_dim", "2", "--N_dim", "4", "--D_out_dim", "8", "--device", "cpu",
@@ -149,6 +150,75 @@ UNREADABLE = {
     "a folder named like a picture": replaced_by(Path.mkdir),
     "a pipe": replaced_by(lambda path: os.mkfifo(path)),
 }
+
+
+def tiff(pixels, photometric, bits):
+    """The bytes of a little-endian TIFF of one channel that Pillow can't write."""
+    content = pixels.tobytes()
+    tags = [(256, 20), (257, 10), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1),
+            (278, 10), (279, len(content))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return (b"II*\0" + struct.pack("<I", 8 + len(content)) + content
+            + struct.pack("<H", len(tags)) + entries + b"\0" * 4)
+
+
+def packed_12_bits(values):
+    """Pairs of 12-bit values in three bytes."""
+    a, b = values.reshape(-1, 2).T.astype(int)
+    return np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], 1).astype(np.uint8)
+
+
+LONG_TEXT = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b" " * 2_000_000))
+BROKEN_TEXT = chunk(b"tEXt", b"Comment\0x")[:-1] + b"?"
+PLAIN = png(20, 10, 8, 2, scanlines(PIXELS))
+SRGB, LAB = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+SIXTEEN = Image.fromarray(PIXELS[:, :, 0].astype(np.uint16) * 257)
+RED = Image.new("RGB", (20, 10), (200, 30, 40))
+# every mode that Pillow has: how a file comes to it, and what it must read as (None: it is refused)
+MODES = {
+    "1": (saved(Image.fromarray(BLACK_WHITE).convert("1"), format="TIFF"), BLACK_WHITE),
+    "L": (saved(Image.fromarray(PIXELS[:, :, 0]), format="BMP"), GREY),
+    "LA": (saved(Image.fromarray(PIXELS[:, :, 0]).convert("LA"), format="TIFF"), GREY),
+    "P": (saved(PALETTE, format="TIFF"), PIXELS),
+    "PA": (saved(PALETTE.convert("PA"), format="TIFF"), PIXELS),
+    "RGB": (saved(Image.fromarray(PIXELS), format="WEBP", lossless=True), PIXELS),
+    "RGBA": (saved(Image.fromarray(PIXELS).convert("RGBA"), format="TIFF"), PIXELS),
+    "RGBX": (saved(Image.fromarray(PIXELS).convert("RGBX"), format="TIFF"), PIXELS),
+    "CMYK": (saved(RED.convert("CMYK"), format="TIFF"), np.asarray(RED)),
+    "YCbCr": (saved(RED.convert("YCbCr"), format="TIFF"), np.asarray(RED)),
+    "LAB": (saved(ImageCms.profileToProfile(RED, SRGB, LAB, outputMode="LAB"), format="TIFF"),
+            np.asarray(RED)),
+    "I;16": (saved(SIXTEEN), GREY),
+    "I;16B": (saved(SIXTEEN.convert("I").convert("I;16B"), format="TIFF"), GREY),
+    "I": (saved(Image.fromarray(PIXELS[:, :, 0].astype(np.int32)), format="TIFF"), None),
+    "F": (saved(Image.fromarray(PIXELS[:, :, 0] / np.float32(255)), format="TIFF"), None),
+    # never the mode of a file: Pillow can't write them, and no reader gives them
+    "I;16L": None, "I;16N": None, "HSV": None, "La": None, "RGBa": None,
+    # ranges within a mode
+    "I;16 where white is zero": (content(tiff(65535 - GREY16.astype("<u2"), 0, 16)), GREY),
+    "I;16 of 12 bits": (content(tiff(packed_12_bits(PIXELS[:, :, 0] // np.int16(16) * 273), 1, 12)),
+                        PIXELS[:, :, :1].repeat(3, 2) // 16 * 17),
+    "text beyond Pillow's limit": (content(PLAIN[:33] + LONG_TEXT + PLAIN[33:]), PIXELS),
+    "text at the end": (content(PLAIN[:-12] + LONG_TEXT + PLAIN[-12:]), PIXELS),
+    "text that is damaged": (content(PLAIN[:33] + BROKEN_TEXT + PLAIN[33:]), PIXELS),
+}
+
+
+@pytest.mark.parametrize("case", [case for case in MODES if MODES[case]])
+def test_modes(tmp_path, case):
+    write, pixels = MODES[case]
+    path = tmp_path / "3.png"  # Pillow goes by the content
+    write(path)
+    if pixels is None:
+        with pytest.raises(cli.UserError, match="3.png: holds .* expected .* 8 or 16 bits"):
+            read_image(path)
+    else:
+        found = np.asarray(read_image(path), int)
+        assert np.abs(found - pixels).max() <= (3 if case in ("LAB", "YCbCr") else 0)
+
+
+def test_the_modes_are_all_that_pillow_has():
+    assert set(Image.MODES) <= MODES.keys()
 
 
 @pytest.mark.parametrize("case", READABLE)
@@ -317,7 +387,46 @@ def test_wrong_folders_when_validating(data, trained, tmp_path, capfd, case, fla
     assert_refused(status, capfd.readouterr().err, named, tmp_path / "out")
 
 
+def sequences(*names):
+    """Give the test sequences 0, 1, ... these names, None for none."""
+    def apply(data):
+        for kind in ("test_img", "test_label"):
+            root = (data / "test" / kind).rename(data / "test" / "old")
+            for i, name in enumerate(names):
+                if name:
+                    shutil.copytree(root / str(i % 2), data / "test" / kind / name)
+            shutil.rmtree(root)
+    return apply
+
+
+@pytest.mark.parametrize("names", [("1", "2"), ("09", "10"), ("007", "8")])
+def test_sequences_with_any_consecutive_numbers(data, whole, names):
+    sequences(*names)(data)
+    for (first, poses), (_, expected) in zip(list_test_sequences(data), list_test_sequences(whole),
+                                             strict=True):
+        assert [p.read_bytes() for p in poses] == [p.read_bytes() for p in expected]
+        assert first.parent.name == poses[0].parent.name == names[int(expected[0].parent.name)]
+
+
+@pytest.mark.parametrize("below", ["train", "train/train_img", "", "unpacked", "unpacked/again"])
+def test_a_data_folder_that_is_one_off(data, trained, tmp_path, capfd, below):
+    if below in ("train", "train/train_img"):
+        given = data / below
+    else:  # an archive that unpacks into folders of its own
+        given = tmp_path / "given"
+        new = given / (below or "data")
+        new.parent.mkdir(parents=True)
+        data = data.rename(new)
+    flags = ["--DR", given, "--save_root", tmp_path / "out"]
+    for main, more in ((Trainer.main, SIZES), (Tester.main, ["--ckpt_path", trained])):
+        err = (command(main, *flags, *more), capfd.readouterr().err)
+        assert_refused(*err, f"which is {data}\n", tmp_path / "out")
+        assert f"--DR {given}: " in err[1] and err[1].count("\n") == 1
+
+
 TEST_WRONG = {
+    "a gap in the sequences": (sequences("0", None, "2"), "test_img/1"),
+    "one number twice": (sequences("0", "00"), "test_img/00"),
     "a pose too few": (on("test/test_label/1/3.png", Path.unlink), "test_label/1"),
     "a pose too many": (on("test/test_label/0/3.png", lambda path: shutil.copy(path, path.with_name("4.png"))), "test_label/0"),
     "two first frames": (on("test/test_img/1/0.png", lambda path: shutil.copy(path, path.with_name("1.png"))), "test_img/1"),
@@ -430,6 +539,19 @@ def test_read_only_data(data, tmp_path, closing, unprivileged, monkeypatch):
     assert command(Trainer.main, "--DR", data, "--save_root", tmp_path / "out2", *SIZES) == 0
     expected, found = (Path(tmp_path / out / "psnr_per_frame.csv").read_bytes() for out in ("out", "out2"))
     assert expected == found
+
+
+@posix
+def test_a_user_without_a_name(data, tmp_path, monkeypatch, capfd):
+    """A container's user id that nobody has entered; data where nothing can be made."""
+    (data / ".frame_cache").write_text("in the way")
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    assert command(Trainer.main, "--DR", data, "--save_root", tmp_path / "out", *SIZES) == 0
+    assert not (tmp_path / "~").exists()
+    assert capfd.readouterr().out.count("frames are decoded into memory") == 1
 
 
 @posix

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py at tiny sizes: every part runs, the figures are there, and both ways compute the same."""
+"""scripts/benchmark.py at tiny sizes: every part runs, and both ways compute the same."""
 
 import json
 import os
@@ -17,20 +17,24 @@ import benchmark
 
 def run_benchmark(*flags):
     # one thread: these sizes are too small for more, and the tests share the machine
-    return subprocess.run([sys.executable, ROOT / "scripts" / "benchmark.py", *map(str, flags)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    words = [sys.executable, ROOT / "scripts" / "benchmark.py", *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, capture_output=True, text=True, env=environment)
 
 
 def test_every_part_runs_and_both_ways_agree(tmp_path):
-    done = run_benchmark("--quick", "--device", "cpu", "--precision", "fp32", "--runs", 1, "--json", tmp_path / "speed.json")
+    done = run_benchmark("--quick", "--device", "cpu", "--precision", "fp32", "--runs", 1,
+                         "--json", tmp_path / "speed.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "speed.json").read_text())
 
     names = [row["name"] for row in found["timings"]]
-    assert [name.split(",")[0].split(":")[0] for name in names] == ["data", "training", "training", "training", "rollout of 5 sequences"]
+    assert [name.split(",")[0].split(":")[0] for name in names] == [
+        "data", "training", "training", "training", "rollout of 5 sequences"]
     for row in found["timings"]:
         assert set(row["seconds"]) == {"template", "ours"}
-        assert all(len(seconds) in (1, 4) and min(seconds) > 0 for seconds in row["seconds"].values())
+        for seconds in row["seconds"].values():
+            assert len(seconds) in (1, 4) and min(seconds) > 0
         low, middle, high = (row["times_as_fast"]["ours"][key] for key in ("min", "median", "max"))
         assert 0 < low <= high and middle > 0
     flops = {row["name"]: row["gflop"] for row in found["timings"] if "gflop" in row}
@@ -42,7 +46,8 @@ def test_every_part_runs_and_both_ways_agree(tmp_path):
 
     assert found["batches are equal to the bit"]
     assert len(found["equality"]) == 5 and max(found["equality"].values()) < 1e-5
-    assert [row["window"] for row in found["memory"]] == [4, 4, 4] and all(row["MB"] >= 0 for row in found["memory"])
+    assert [row["window"] for row in found["memory"]] == [4, 4, 4]
+    assert all(row["MB"] >= 0 for row in found["memory"])
     assert {row["what"] for row in found["growth"]} == {"batch", "window", "frame"}
     assert found["machine"]["cores"] == os.cpu_count()
 
@@ -57,4 +62,5 @@ def test_wrong_input_is_named(tmp_path, capsys):
     with pytest.raises(UserError, match="--json"):
         benchmark.main(["--device", "cpu", "--json", str(tmp_path / "none" / "x.json")])
     with pytest.raises(UserError, match="nothing"):
-        benchmark.main(["--device", "cpu", "--quick", "--only", "data", "--DR", str(tmp_path / "nothing")])
+        benchmark.main(["--device", "cpu", "--quick", "--only", "data",
+                        "--DR", str(tmp_path / "nothing")])

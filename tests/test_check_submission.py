@@ -2,8 +2,8 @@
 
 import contextlib
 import io
+import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import Compose, Resize, ToTensor
 
-from conftest import in_process
+from conftest import ROOT, in_process, run_cli
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import check_submission  # noqa: E402
 
@@ -146,7 +145,50 @@ def test_ground_truth_must_be_whole(tmp_path, pixels, truth):
     (truth / "1" / "frame9.png").unlink()
     done = check(path, "--ground_truth", truth)
     assert done.returncode == 2 and done.stdout == ""
-    assert str(truth / "1") in done.stderr.splitlines()[-1] and "3 pictures; expected 4" in done.stderr
+    assert str(truth / "1") in done.stderr.splitlines()[-1]
+    assert "3 images; expected 4" in done.stderr
     (truth / "1" / "frame9.png").write_bytes(b"no picture")
     done = check(path, "--ground_truth", truth)
     assert done.returncode == 2 and "frame9.png" in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def among_broken_files(tmp_path):
+    """The script and utils/ beside somebody else's Trainer.py, Tester.py and dataloader.py, without the large packages."""
+    root = tmp_path / "project"
+    for name in ("utils", "scripts"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Trainer", "Tester", "dataloader"):
+        (root / f"{name}.py").write_text("raise RuntimeError('not the project this is')\n")
+    for name in ("torch", "torchvision", "tqdm", "matplotlib", "imageio"):
+        (root / "scripts" / f"{name}.py").write_text(f"raise ImportError('no {name} here')\n")
+    return root / "scripts" / "check_submission.py"
+
+
+def test_depends_on_utils_and_numpy_alone(tmp_path, pixels, truth, among_broken_files):
+    path = tmp_path / "submission.csv"
+    path.write_text("\n".join(lines_of(pixels)) + "\n")
+    done = run_cli(among_broken_files, path, *SHAPE)
+    assert done.returncode == 0 and done.stdout.startswith("accepted") and not done.stderr
+    path.write_text("\n".join(lines_of(pixels)[:-1]) + "\n")
+    done = run_cli(among_broken_files, path, *SHAPE)
+    assert done.returncode == 2 and "ends after 7 rows" in done.stderr
+    done = run_cli(among_broken_files, path, *SHAPE, "--ground_truth", truth)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_reading_true_frames_says_what_it_needs(tmp_path, pixels, truth, among_broken_files):
+    path = tmp_path / "submission.csv"
+    path.write_text("\n".join(lines_of(pixels)) + "\n")
+    done = run_cli(among_broken_files, path, *SHAPE, "--ground_truth", truth)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
+    assert "--ground_truth" in done.stderr and "dataloader.py" in done.stderr
+
+
+def test_exact_frames_score_100_dB(tmp_path, truth):
+    frames = [np.asarray(Image.open(truth / str(sequence) / f"frame{t + 8}.png").resize((WIDTH, HEIGHT), Image.BILINEAR))
+              for sequence in range(SEQUENCES) for t in range(FRAMES)]
+    path = tmp_path / "submission.csv"
+    path.write_text("\n".join(lines_of(np.stack(frames).transpose(0, 3, 1, 2).reshape(len(frames), -1))) + "\n")
+    done = check(path, "--ground_truth", truth)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].split()[1:4] == ["100.000"] * 3

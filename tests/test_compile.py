@@ -8,13 +8,14 @@ from conftest import TINY, in_process
 from torch._dynamo.utils import counters
 
 import Trainer
+from utils.compiling import COMPILED, mark_for_compiling
 
 
 def trained(flags, compiled):
     """A model after two steps and three frames of a rollout, and what it computed."""
     model = Trainer.VAE_Model(Trainer.build_parser().parse_args([*TINY, *flags]))
     if compiled:
-        model.mark_for_compiling()
+        mark_for_compiling(model)
     img, label = torch.rand(2, 2, model.args.train_vi_len, 3, 16, 32, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     losses = [model.training_one_step(img, label, taught) for taught in (True, False)]
@@ -38,22 +39,28 @@ def plain_backend(monkeypatch):
 def test_each_network_is_one_graph(flags):
     graphs, losses, frames = trained(flags, compiled=True)
     if flags[1] == "2":  # longer windows meet other sizes
-        assert graphs == len(Trainer.COMPILED)
+        assert graphs == len(COMPILED)
     _, plain_losses, plain_frames = trained(flags, compiled=False)
     torch.testing.assert_close(losses, plain_losses, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(frames, plain_frames, rtol=1e-3, atol=1e-4)
+
+
+def test_nothing_is_compiled_unless_asked():
+    parse = Trainer.build_parser().parse_args
+    words = [], ["--compile"], ["--no_compile"]
+    assert [parse(flags).compile for flags in words] == [False, True, False]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_training_has_its_networks_compiled(precision, tiny_data, tmp_path, monkeypatch, capsys):
     """Also in fp16, where the poses of noise that it is tried on give frames that are not finite."""
     monkeypatch.setattr(Trainer, "pick_precision", lambda *_: (precision, precision))
-    monkeypatch.setattr(Trainer.VAE_Model, "compiles", True)
     small = ["--frame_H", "8", "--frame_W", "16", "--num_epoch", "1", "--batch_size", "8"]
-    assert in_process(Trainer.main, "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, *small) == 0
+    words = ["--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, *small, "--compile"]
+    assert in_process(Trainer.main, *words) == 0
     said = capsys.readouterr().out
     assert "compiling the networks" in said and "does not work here" not in said
-    assert counters["stats"]["unique_graphs"] >= len(Trainer.COMPILED)
+    assert counters["stats"]["unique_graphs"] >= len(COMPILED)
 
 
 def test_without_a_compiler_training_goes_on(tiny_data, tmp_path, monkeypatch, capsys):
@@ -61,6 +68,6 @@ def test_without_a_compiler_training_goes_on(tiny_data, tmp_path, monkeypatch, c
         raise ImportError("no compiler")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile.func, backend=broken))
-    monkeypatch.setattr(Trainer.VAE_Model, "compiles", True)
-    assert in_process(Trainer.main, "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY) == 0
+    words = ["--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, "--compile"]
+    assert in_process(Trainer.main, *words) == 0
     assert "torch.compile does not work here" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def data(tmp_path):
     write("train/train_label", range(COUNT), 100)
     write("val/val_img", range(5))
     write("val/val_label", range(5), 100)
-    for sequence in (0, 2, 10):
+    for sequence in (9, 10, 11):
         write(f"test/test_img/{sequence}", [sequence])
         write(f"test/test_label/{sequence}", range(6), 100)
     return root
@@ -89,7 +89,7 @@ def test_defaults_and_modes(data):
 def test_test_mode(data):
     dataset = Dataset_Dance(data, frame_transform(4, 8), mode="test")
     assert len(dataset) == 3  # in the order of the folders' numbers
-    for (img, label), sequence in zip(dataset, (0, 2, 10)):
+    for (img, label), sequence in zip(dataset, (9, 10, 11)):
         assert img.shape == (1, 3, 4, 8) and label.shape == (6, 3, 4, 8)
         assert numbers(img) == [sequence] and numbers(label, 100) == list(range(6))
 
@@ -164,6 +164,37 @@ def test_the_cache_is_made_once_and_again_when_a_picture_changes(noise):
     (noise / "train/train_img/4.png").rename(noise / "train/train_img/40.png")
     (noise / "train/train_label/4.png").rename(noise / "train/train_label/40.png")
     assert torch.equal(Frames(noise, "train", 8, 16).imgs[-1], again[4])
+
+
+def test_images_renamed_among_themselves(noise):
+    """Equal in size and times: nothing but the files themselves tells that they changed places."""
+    folder = noise / "train/train_img"
+    for i in range(2):
+        Image.new("RGB", (8, 8), (0, 200 * i, 0)).save(folder / f"{i}.png", compress_level=0)
+        os.utime(folder / f"{i}.png", ns=(0, 10**18))
+    before = Frames(noise, "train", 8, 16).imgs.clone()
+    caches = stored(noise / ".frame_cache")
+    assert torch.equal(Frames(noise, "train", 8, 16).imgs, before)
+    assert stored(noise / ".frame_cache") == caches
+    for old, new in (("0", "x"), ("1", "0"), ("x", "1")):
+        (folder / f"{old}.png").rename(folder / f"{new}.png")
+    after = Frames(noise, "train", 8, 16).imgs
+    assert torch.equal(after[:2], before[:2].flip(0)) and not torch.equal(before[0], before[1])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="reads Linux's list of maps")
+def test_no_file_is_renamed_while_it_is_mapped(noise, monkeypatch):
+    def replace(source, target):
+        with open("/proc/self/maps") as maps:
+            mapped.append(str(source) in maps.read() or str(target) in maps.read())
+        original(source, target)
+
+    original, mapped = os.replace, []
+    monkeypatch.setattr(os, "replace", replace)
+    first = Frames(noise, "train", 8, 16).imgs.clone()
+    for path in (noise / ".frame_cache").iterdir():  # a map of another shape is no reason either
+        np.save(path, np.zeros((1, 3, 8, 16), np.uint8))
+    assert torch.equal(Frames(noise, "train", 8, 16).imgs, first) and mapped == [False] * 4
 
 
 def test_the_cache_is_never_written_to(noise):
@@ -270,3 +301,41 @@ def test_very_short_sequences_have_no_cuts():
     for count in (1, 2, 3):
         assert find_clips(np.zeros((count, 3, 4, 8), np.uint8)) == [0, count]
     assert find_clips(np.zeros((50, 3, 4, 8), np.uint8)) == [0, 50]
+
+
+@pytest.mark.parametrize("noise", [0, 2])
+@pytest.mark.parametrize("held", [2, 3, 5])
+def test_held_frames_are_no_cuts(held, noise):
+    """A video of a lower frame rate, as it is or compressed once more."""
+    def hold(frames):
+        frames = frames.repeat(held, 0)
+        change = np.random.default_rng(0).integers(-noise, noise + 1, frames.shape)
+        return np.clip(frames + change, 0, 255).astype(np.uint8)
+
+    assert find_clips(hold(wander(200, 1, 3.0))) == [0, 200 * held]
+    both = np.concatenate([wander(40, 1), wander(50, 2)])
+    assert find_clips(hold(both)) == [0, 40 * held, 90 * held]
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("at", [2, 30, 60, 95])
+def test_a_flash_is_no_cut(at, length):
+    for value in (0, 255):
+        frames = wander(100, 1)
+        frames[at:at + length] = value
+        assert find_clips(frames) == [0, 100]
+
+
+@pytest.mark.parametrize("length", [3, 5, 10, 30])
+@pytest.mark.parametrize("held", [1, 3])
+def test_a_fade_is_no_cut(length, held):
+    share = np.clip((np.arange(100) - 40) / length, 0, 1)[:, None, None, None]
+    first, second = wander(100, 1), wander(100, 2)
+    for other in (second, 0 * second):
+        frames = (first * (1 - share) + other * share).astype(np.uint8).repeat(held, 0)
+        assert find_clips(frames) == [0, len(frames)]
+
+
+def test_stills_have_cuts_between_them():
+    stills = np.concatenate([wander(1, 1).repeat(30, 0), wander(1, 2).repeat(30, 0)])
+    assert find_clips(stills) == [0, 30, 60]

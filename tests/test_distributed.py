@@ -77,10 +77,13 @@ def test_an_error_of_one_rank_alone_ends_all(tiny_data, tmp_path):
     assert done.returncode != 0 and done.stderr.count("another run is using it") == 1
 
 
-def test_several_gpus_without_torchrun(tiny_data, tmp_path, capsys):
+def test_several_gpus_without_torchrun(tiny_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.chdir(ROOT)
     assert in_process(Trainer.main, "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, "--gpu", 2) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "--gpu 2" in err and "torchrun --nproc_per_node=2" in err
+    command = f"torchrun --nproc_per_node=2 Trainer.py --DR {tiny_data} --save_root "
+    assert err.count("\n") == 1 and "--gpu 2: " in err and command in err and "kernel" not in err
     assert not (tmp_path / "run").exists()
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import Trainer
-from conftest import TINY, in_process, send_at
+from utils.averaging import network_state
+from conftest import TINY, in_process, send_at, steps
 from utils.checkpoint import read_checkpoint
 from scripts.kill_test import compare, differences, rows
 
@@ -26,17 +27,17 @@ def test_a_gradient_that_overflows_halves_the_scale_and_changes_nothing(optim):
     img, label = torch.rand(2, 2, 4, 3, 8, 16, generator=torch.Generator().manual_seed(1))
     model.kl_annealing.get_beta = lambda: 0.0
     model.training_one_step(img, label, True)
-    assert model.totals[3:].tolist() == [1, 0]
-    before, scale = model.network_state(), model.scaler.get_scale()
+    assert steps(model) == (1, 0)
+    before, scale = network_state(model), model.scaler.get_scale()
 
     model.kl_annealing.get_beta = lambda: 1.0
     assert model.training_one_step(img, label, True).isfinite()
-    assert model.totals[3:].tolist() == [1, 1] and model.scaler.get_scale() == scale / 2
-    assert differences(before, model.network_state()) == []
+    assert steps(model) == (1, 1) and model.scaler.get_scale() == scale / 2
+    assert differences(before, network_state(model)) == []
 
-    while model.skipped_in_a_row:
+    while model.state.skipped_in_a_row:
         model.training_one_step(img, label, True)
-    assert model.totals[3] == 2 and differences(before, model.network_state()) != []
+    assert steps(model)[0] == 2 and differences(before, network_state(model)) != []
 
 
 def test_a_resumed_run_keeps_the_scale(tiny_data, tmp_path, monkeypatch):

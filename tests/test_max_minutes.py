@@ -3,6 +3,7 @@
 import csv
 import time
 
+import pytest
 import torch
 
 import Trainer
@@ -24,7 +25,8 @@ def test_a_run_is_fitted_to_the_time(tiny_data, tmp_path, capsys):
     seconds, rows, last = run(tiny_data, tmp_path, *words)
     assert seconds < 24 and 0 < len(rows) < 100000  # 12 on a machine that does nothing else
     assert last["args"]["num_epoch"] == len(rows) and last["last_epoch"] == len(rows) - 1
-    assert last["lr"] < 0.05 * 0.001  # the cosine came to its end
+    (group,) = last["optimizer"]["param_groups"]
+    assert group["lr"] < 0.05 * 0.001  # the cosine came to its end
     assert "--max_minutes 0.2" in capsys.readouterr().out
 
 
@@ -35,7 +37,31 @@ def test_a_run_with_time_to_spare_is_left_alone(tiny_data, tiny_run, tmp_path):
     assert all(torch.equal(value, plain["state_dict"][name]) for name, value in last["state_dict"].items())
 
 
-def test_a_fitted_run_of_the_template_begins_on_ground_truth(tiny_data, tmp_path):
+def test_a_fitted_run_has_the_whole_curves_even_in_one_epoch(tiny_data, tmp_path, monkeypatch):
+    """By a clock of its own, on which a step takes 0.1 s and nothing else any time: 35 of 64 steps fit."""
+    now, step = [0.0], Trainer.VAE_Model.training_one_step
+
+    def timed(*args):
+        now[0] += 0.1
+        return step(*args)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Trainer.VAE_Model, "training_one_step", timed)
+    words = ["--batch_size", "1", "--num_epoch", "70", "--max_minutes", "0.15", "--kl_anneal_cycle", "2"]
+    _, rows, last = run(tiny_data, tmp_path, *words)
+    assert len(rows) == 1 and last["args"]["num_epoch"] == 1
+    steps = list(csv.DictReader(open(tmp_path / "steps.csv", newline="", encoding="utf-8")))
+    ratios, betas, rates = ([float(row[name]) for row in steps] for name in ("tfr", "beta", "lr"))
+    done = [int(row["step"]) for row in steps]
+    assert done == list(range(done[0], len(done) + done[0])) and done[0] < 3 and done[-1] in (35, 36)  # sums of tenths are rounded
+    shares = [(step - 1) / 35 for step in done[1:]]  # the first row may be the mean of two steps
+    assert ratios[1:] == pytest.approx([max(0.035, 1 - 0.1 * max(0, 70 * share - 9)) for share in shares])
+    assert betas[1:] == pytest.approx([2 * share % 1 if share < 1 else 1 for share in shares], abs=1e-6)
+    assert ratios[0] == 1 and ratios[-1] == 0.035 and betas[0] < 0.1 and max(betas) > 0.9
+    assert rates[-1] < 0.02 * max(rates) and last["lr"] < 0.001 * max(rates)
+
+
+def test_a_fitted_run_of_the_template_keeps_its_schedules_by_epoch(tiny_data, tmp_path):
     _, rows, last = run(tiny_data, tmp_path, "--recipe", "template", "--train_vi_len", "4", "--num_epoch", "100000", "--max_minutes", "0.1")
-    assert float(rows[0]["tfr"]) == 1  # fitted to nearly no epochs, its decay would round to start before the first
-    assert last["args"]["tfr_sde"] == 1 and last["args"]["tfr_d_step"] > 0.1
+    assert float(rows[0]["tfr"]) == 1 and float(rows[0]["lr"]) == 0.001
+    assert (last["args"]["tfr_sde"], last["args"]["tfr_d_step"]) == (10, 0.1)

@@ -1,14 +1,15 @@
-"""Muon turns the momentum of matrices into orthogonal ones; all other weights are AdamW's."""
+"""Muon orthogonalizes the momentum of matrices; all other weights are AdamW's."""
 
 import copy
 
 import pytest
 import torch
-from muon import COEFFICIENTS
-from utils.muon import Muon, is_matrix, orthogonalize
-from scripts.kill_test import differences
 
-SHAPES = [(16, 8, 3, 3), (16, 8, 3, 3), (8, 32, 1, 1), (24, 24, 1, 1), (8, 3, 3, 3), (3, 16, 1, 1), (16, 1, 3, 3), (16,)]
+from scripts.kill_test import differences
+from utils.muon import COEFFICIENTS, Muon, is_matrix, orthogonalize
+
+SHAPES = [(16, 8, 3, 3), (16, 8, 3, 3), (8, 32, 1, 1), (24, 24, 1, 1),
+          (8, 3, 3, 3), (3, 16, 1, 1), (16, 1, 3, 3), (16,)]
 
 
 def weights(seed=0):
@@ -27,7 +28,8 @@ def test_only_convolutions_between_features_are_matrices():
 
 def matrices():
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for shape in ((8, 72), (72, 8), (32, 32), (8, 9), (16, 40))]
+    shapes = (8, 72), (72, 8), (32, 32), (8, 9), (16, 40)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def test_singular_values_come_close_to_1_and_directions_stay():
@@ -51,8 +53,9 @@ def test_it_is_five_newton_schulz_iterations():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weak_directions_keep_their_gradient_under_autocast(dtype):
-    """In half precision the rounding errors of strong directions would drown them: a long run ended in a loss that was not finite."""
-    u, _, v = torch.linalg.svd(torch.randn(32, 96, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    """In half precision rounding errors of strong directions drown them: long runs diverged."""
+    noise = torch.randn(32, 96, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(noise, full_matrices=False)
     gradient = u * torch.logspace(0, -3, 32) @ v
     changes = []
     for mixed in (False, True):
@@ -63,7 +66,28 @@ def test_weak_directions_keep_their_gradient_under_autocast(dtype):
         changes.append(parameter.detach().flatten(1))
     assert torch.equal(*changes)
     along = (-u.mT @ changes[1] @ v.mT).diagonal()
-    assert along.min() > 0.2 * along.max()  # also along the direction whose gradient is a thousandth
+    # also along the direction whose gradient is a thousandth
+    assert along.min() > 0.2 * along.max()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch's own came with 2.9")
+def test_2d_weights_move_as_with_pytorchs_muon():
+    """Within bfloat16's rounding, in which PyTorch iterates; in three steps, so momentum too."""
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(4, 24, 40, generator=generator)
+    for shape in ((24, 40), (40, 24)):
+        theirs = start.reshape(shape).clone().requires_grad_()
+        ours = start.reshape(*shape, 1, 1).clone().requires_grad_()
+        settings = {"lr": 0.01, "weight_decay": 0.1}
+        optimizers = (torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings),
+                      Muon([ours], **settings))
+        for gradient in gradients:
+            for parameter, optimizer in zip((theirs, ours), optimizers):
+                parameter.grad = gradient.reshape(parameter.shape)
+                optimizer.step()
+        moved = theirs.detach() - start.reshape(shape)
+        assert moved.norm() > 0.1
+        assert (ours.detach()[..., 0, 0] - theirs.detach()).norm() < 0.02 * moved.norm()
 
 
 def test_a_step_is_as_large_as_one_of_adam_in_all_directions():
@@ -76,7 +100,8 @@ def test_a_step_is_as_large_as_one_of_adam_in_all_directions():
         change = (old - parameter.detach()).flatten(1)
         aligned = (change * parameter.grad.flatten(1)).sum()
         assert aligned > 0.5 * change.norm() * parameter.grad.norm()  # downhill
-        assert torch.linalg.svdvals(change).max() == pytest.approx(0.1 * 0.2 * max(change.shape) ** 0.5, rel=0.3)
+        size = 0.1 * 0.2 * max(change.shape) ** 0.5
+        assert torch.linalg.svdvals(change).max() == pytest.approx(size, rel=0.3)
 
 
 def test_other_weights_are_adamws():
@@ -96,12 +121,16 @@ def test_a_step_that_found_infinity_changes_nothing():
     optimizer = Muon(parameters, lr=0.01, fused=True)
     give_gradients(parameters)
     optimizer.step()
-    before = copy.deepcopy(([p.detach() for p in parameters], optimizer.state_dict()["state"]))
+
+    def everything():
+        return [p.detach() for p in parameters], optimizer.state_dict()["state"]
+
+    before = copy.deepcopy(everything())
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, float("nan"))
     optimizer.grad_scale, optimizer.found_inf = None, torch.ones(())
     optimizer.step()
-    assert differences(before, ([p.detach() for p in parameters], optimizer.state_dict()["state"])) == []
+    assert differences(before, everything()) == []
     optimizer.found_inf = torch.zeros(())
     give_gradients(parameters, 2)
     optimizer.step()

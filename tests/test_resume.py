@@ -121,7 +121,7 @@ def test_going_on_from_any_checkpoint_of_ours(tiny_data, tiny_run, tmp_path):
 def test_another_teacher_forcing_ratio_holds_from_the_next_epoch_on(tiny_data, tiny_run, tmp_path):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     assert train(tiny_data, folder, "--resume", "--num_epoch", 3, "--tfr", 0.5) == 0
-    assert [float(row["tfr"]) for row in rows(folder / "history.csv")] == [0.035, 0.035, 0.5]
+    assert [float(row["tfr"]) for row in rows(folder / "history.csv")] == [1, 1, 0.5]
 
 
 def test_going_on_in_another_folder_keeps_the_best_of_there(tiny_data, tiny_run, tmp_path, monkeypatch):
@@ -183,6 +183,6 @@ def test_a_clock_does_not_decide_how_a_resumed_run_sums(tiny_data, tiny_run, tmp
 def test_every_random_state_is_in_the_checkpoint(tiny_run):
     resume = load(tiny_run / "last.ckpt")["resume"]
     (rank,) = resume["ranks"]
-    assert {"torch", "coins", "pool"} <= rank.keys() and "generator" in rank["pool"]
-    assert rank["pool"]["pictures"].shape == (64, 3, 16, 32)
-    assert resume["ema"].keys() < load(tiny_run / "last.ckpt")["train_state_dict"].keys()
+    assert {"torch", "sampler", "pool"} <= rank.keys() and "generator" in rank["pool"]
+    assert rank["pool"]["frames"].shape == (64, 3, 16, 32)
+    assert resume["state"]["average"].keys() < load(tiny_run / "last.ckpt")["train_state_dict"].keys()

@@ -9,7 +9,8 @@ from conftest import TINY
 
 import Trainer
 from utils.cli import UserError
-from Trainer import kl_annealing, learning_rate_factor, teacher_forcing_ratio
+from utils.schedules import beta_at, data_share, learning_rate_factor, teacher_forcing_ratio
+from Trainer import kl_annealing
 
 
 def flags(*words):
@@ -45,13 +46,26 @@ def fu(n_iter, start=0.0, stop=1.0, n_cycle=4, ratio=0.5):
     (1.0, 10, 0.1, [1.0] * 10 + [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0, 0, 0]),
     (1.0, 0, 0.25, [0.75, 0.5, 0.25, 0, 0, 0]), (0.5, 2, 0.0, [0.5] * 6), (0.3, 1, 1.0, [0.3, 0, 0]), (0.0, 3, 0.1, [0.0] * 5)])
 def test_teacher_forcing(tfr, sde, step, expected):
-    args = flags("--tfr", str(tfr), "--tfr_sde", str(sde), "--tfr_d_step", str(step), *TINY)
+    words = ["--tfr", str(tfr), "--tfr_sde", str(sde), "--tfr_d_step", str(step)]
+    args = flags(*words, "--tfr_min", "0", *TINY)
     assert [teacher_forcing_ratio(args, epoch) for epoch in range(len(expected))] == pytest.approx(expected)
     model, found = Trainer.VAE_Model(args), []
     for model.current_epoch in range(len(expected)):
         model.teacher_forcing_ratio_update()
         found.append(model.tfr)
     assert found == pytest.approx(expected)
+    for floor in (0.035, 0.5, 1.0):
+        args = flags(*words, "--tfr_min", str(floor))
+        ratios = [teacher_forcing_ratio(args, epoch) for epoch in range(len(expected))]
+        assert ratios == pytest.approx([max(floor, ratio) for ratio in expected])
+
+
+@pytest.mark.parametrize("recipe, floor", [("pool", 0.035), ("template", 0.0)])
+def test_the_recipes_ratio_falls_from_1_to_its_floor_in_70_epochs(recipe, floor):
+    args = flags("--recipe", recipe)
+    ratios = [teacher_forcing_ratio(args, epoch) for epoch in range(70)]
+    assert ratios[:11] == pytest.approx([1] * 10 + [0.9]) and ratios[18] == pytest.approx(0.1)
+    assert ratios[20:] == [floor] * 50
 
 
 # ---------------------------------------------------------------- the KL weight
@@ -115,6 +129,15 @@ def test_more_cycles_than_epochs_hold(cycles, epochs, used, capsys):
 def test_nothing_is_said_where_the_cycles_fit(kind, cycles, epochs, capsys):
     betas(kind, cycles, 0.5, epochs)
     assert capsys.readouterr().out == ""
+
+
+def test_the_pool_recipe_has_room_for_every_cycle(capsys):
+    schedule = kl_annealing(flags("--num_epoch", "1"))
+    assert capsys.readouterr().out == "" and schedule.get_beta() == 0
+    betas = [beta_at(flags("--num_epoch", "1"), k / 80) for k in range(81)]
+    assert betas == pytest.approx([k % 8 / 8 for k in range(80)] + [1])
+    monotonic = flags("--num_epoch", "5", "--kl_anneal_type", "Monotonic", "--kl_anneal_ratio", "0.5")
+    assert [beta_at(monotonic, e) for e in (0, 1.25, 2.5, 4, 5)] == pytest.approx([0, 0.5, 1, 1, 1])
 
 
 def test_it_is_said_once_in_a_run(tiny_data, tmp_path, capsys):
@@ -186,7 +209,7 @@ def test_every_epoch_that_fast_train_shortens_has_a_larger_rate_than_the_rest(ep
     args = flags("--fast_train", "--num_epoch", str(epochs), "--fast_train_epoch", str(shortened), "--fast_partial", str(share))
     ends = [0.0]
     for epoch in range(epochs):
-        ends.append(ends[-1] + Trainer.data_share(args, epoch))
+        ends.append(ends[-1] + data_share(args, epoch))
     means = []
     for epoch, (first, last) in enumerate(zip(ends, ends[1:])):
         shares = [(first + (last - first) * step / 200) / ends[-1] for step in range(200)]
@@ -207,3 +230,66 @@ def test_fast_train_with_a_share_of_the_rest(tiny_data, tmp_path):
     _, frames = history(tiny_data, tmp_path, "--recipe", "template", "--train_vi_len", "4", "--fast_train", "--fast_train_epoch", "1",
                         "--fast_partial", "0.25", "--partial", "0.75")
     assert frames == [12, 36, 36, 36]
+
+
+# ---------------------------------------------------------------- how they move within a run
+
+def steps_of(data, folder, *words):
+    """The columns of steps.csv, as lists of numbers, of a run of `words`."""
+    Trainer.main(["--DR", str(data), "--save_root", str(folder), *TINY, "--val_vi_len", "4", *words])
+    with open(folder / "steps.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+
+
+def test_a_pool_run_of_one_epoch_has_whole_curves(tiny_data, tmp_path):
+    found = steps_of(tiny_data, tmp_path, "--num_epoch", "1", "--batch_size", "1", "--tfr_sde", "1", "--tfr_d_step", "1",
+                     "--tfr_min", "0.25")
+    shares = [step / 64 for step in range(64)]
+    assert found["step"] == list(range(1, 65)) and found["epoch"] == [step / 64 for step in range(1, 65)]
+    assert found["tfr"] == pytest.approx([max(0.25, 1 - share) for share in shares])
+    assert found["beta"] == pytest.approx([10 * share % 1 for share in shares])
+    assert min(found["beta"]) == 0 and max(found["beta"]) > 0.8
+    falls = [b for a, b in zip(found["beta"], found["beta"][1:]) if b < a]
+    assert len(falls) == 9  # ten cycles
+    args = flags("--num_epoch", "1")
+    assert found["lr"] == pytest.approx([args.lr * learning_rate_factor(args, 0, share) for share in shares])
+    assert len(set(found["lr"])) == 64 and found["lr"][-1] < 0.01 * args.lr
+
+
+def test_the_templates_recipe_moves_by_whole_epochs(tiny_data, tmp_path):
+    found = steps_of(tiny_data, tmp_path, "--recipe", "template", "--train_vi_len", "4", "--num_epoch", "4", "--tfr_sde", "1",
+                     "--tfr_d_step", "0.5", "--kl_anneal_cycle", "2")
+    each = lambda *values: [value for value in values for _ in range(8)]  # 8 steps an epoch
+    assert found["epoch"] == [step / 8 for step in range(1, 33)]
+    assert found["tfr"] == pytest.approx(each(1, 0.5, 0, 0))
+    assert found["beta"] == pytest.approx(each(0, 0.5, 0, 0.5))
+    assert found["lr"] == pytest.approx(each(1e-3, 1e-3, 1e-4, 1e-4))
+
+
+def test_cut_cycles_are_the_run(tiny_data, tmp_path, capsys):
+    words = ["--num_epoch", "2", "--kl_anneal_ratio", "0.5"]
+    found = steps_of(tiny_data, tmp_path / "template", "--recipe", "template", "--train_vi_len", "4", *words)
+    assert capsys.readouterr().out.count("--kl_anneal_cycle 10 is more than 2 epochs hold: 1 used") == 1
+    assert found["beta"] == [0] * 8 + [1] * 8
+    found = steps_of(tiny_data, tmp_path / "pool", *words, "--kl_anneal_cycle", "4")
+    assert "--kl_anneal_cycle" not in capsys.readouterr().out
+    assert found["beta"] == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1, 1, 1] * 4)
+
+
+def test_a_pool_of_long_windows_says_how_many_steps_are_left(tiny_data, tmp_path, capsys):
+    found = steps_of(tiny_data, tmp_path, "--train_vi_len", "16", "--batch_size", "2", "--num_epoch", "1", "--tfr_sde", "0",
+                     "--tfr_d_step", "1")
+    said = capsys.readouterr().out
+    assert "2 steps an epoch (--train_vi_len 16: a step predicts 15 frames of each rollout)" in said
+    assert found["step"] == [1, 2] and found["tfr"] == [0.035] * 2
+
+
+def test_the_gradient_goes_through_a_long_window_of_the_pool():
+    """Free running, the last frame's error reaches the first frame: every step's graph is kept."""
+    model = Trainer.VAE_Model(flags(*TINY, "--train_vi_len", "16", "--seed", "3"))
+    img = torch.rand(1, 16, 3, 16, 32).requires_grad_()
+    for teacher_forced, reaches in ((False, True), (True, False)):
+        *_, last = model(img, img.detach(), teacher_forced)
+        gradient, = torch.autograd.grad(last.sum(), img)
+        assert bool(gradient[:, 0].abs().sum() > 0) == reaches

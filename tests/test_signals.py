@@ -1,6 +1,7 @@
 """SIGTERM, Ctrl-C and a lost terminal save and stop, in training and in validation, and what goes on from there ends with the same bits."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 import pytest
 
 import Trainer
-from utils import frame_cache
+from utils import cli, frame_cache
 from conftest import ROOT, TINY, in_process, send_at
 from scripts.kill_test import compare
 
@@ -43,6 +44,33 @@ def test_a_signal_saves_stops_and_the_rest_is_the_same(tiny_data, whole, tmp_pat
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a process that trains in a notebook gets its handlers back
     assert train(tiny_data, folder, *RECIPES[recipe], "--resume") == 0
     assert compare(folder, whole[recipe]) == []
+
+
+def test_the_line_to_resume_with_is_built_from_what_main_got(
+        tiny_data, whole, tmp_path, capsys, monkeypatch):
+    """`Trainer.main([...])` in a notebook cell: the process's own arguments are the kernel's."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.chdir(ROOT)
+    with monkeypatch.context() as patch:
+        send_at(patch, "training_one_step", 3, signal.SIGINT)
+        assert train(tiny_data, tmp_path / "a run") == 130
+    line = capsys.readouterr().out.splitlines()[-1]
+    words = shlex.split(line.partition("saved; go on with: ")[2])
+    assert words == ["python", "Trainer.py", "--DR", str(tiny_data), "--save_root",
+                     str(tmp_path / "a run"), *TINY, "--resume"]
+    assert in_process(Trainer.main, *words[2:]) == 0
+    assert compare(tmp_path / "a run", whole["pool"]) == []
+
+
+def test_a_script_that_never_called_main_is_told_the_checkpoint(
+        tiny_data, tmp_path, capsys, monkeypatch):
+    args = Trainer.build_parser().parse_args(
+        ["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY])
+    send_at(monkeypatch, "training_one_step", 2, signal.SIGTERM)
+    with pytest.raises(cli.Stopped):
+        Trainer.VAE_Model(args).training_stage()
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith(f"saved; go on from {tmp_path / 'last.ckpt'}")
 
 
 def test_under_nohup_a_lost_terminal_changes_nothing(tiny_data, whole, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Strangers' files and scripts: a checkpoint never runs code, the ones found in the wild load, template scripts keep working."""
+"""Third-party files and scripts: no code runs, checkpoints load, template scripts keep working."""
 
 import argparse
 import collections
@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import types
 
 import numpy as np
@@ -20,6 +21,7 @@ import Tester
 import Trainer
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
 from utils.checkpoint import NETWORKS, read_checkpoint
+from utils.metrics import are_logits
 
 SIZES = dict(frame_H=16, frame_W=32, F_dim=16, L_dim=8, N_dim=4, D_out_dim=16)
 
@@ -33,15 +35,22 @@ def ours(tiny_run):
 @pytest.fixture
 def template(ours):
     """A checkpoint as the template writes it: `optimizer` is a second copy of the weights."""
-    return {"state_dict": ours["state_dict"], "optimizer": ours["state_dict"], "lr": 0.0005, "tfr": 0.7, "last_epoch": 3}
+    return {
+        "state_dict": ours["state_dict"],
+        "optimizer": ours["state_dict"],
+        "lr": 0.0005,
+        "tfr": 0.7,
+        "last_epoch": 3,
+    }
 
 
 def bare(**flags):
     """What somebody's script makes by hand, knowing the template's flags only."""
     return argparse.Namespace(**{**dict(
-        batch_size=2, lr=0.001, device="cpu", optim="Adam", gpu=1, test=False, DR="", save_root="", num_workers=0, num_epoch=5,
-        per_save=3, partial=1.0, train_vi_len=8, val_vi_len=20, tfr=1.0, tfr_sde=10, tfr_d_step=0.1, ckpt_path=None,
-        fast_train=False, fast_partial=0.4, fast_train_epoch=5, kl_anneal_type="Cyclical", kl_anneal_cycle=2, kl_anneal_ratio=1,
+        batch_size=2, lr=0.001, device="cpu", optim="Adam", gpu=1, test=False, DR="", save_root="",
+        num_workers=0, num_epoch=5, per_save=3, partial=1.0, train_vi_len=8, val_vi_len=20,
+        tfr=1.0, tfr_sde=10, tfr_d_step=0.1, ckpt_path=None, fast_train=False, fast_partial=0.4,
+        fast_train_epoch=5, kl_anneal_type="Cyclical", kl_anneal_cycle=2, kl_anneal_ratio=1,
         store_visualization=False), **SIZES, **flags})
 
 
@@ -53,7 +62,9 @@ def loaded(path, **flags):
 
 def equal(model, weights):
     own = model.state_dict()
-    return own.keys() == weights.keys() and all(torch.equal(own[key], weights[key].to(own[key].dtype)) for key in own)
+    return own.keys() == weights.keys() and all(
+        torch.equal(own[key], weights[key].to(own[key].dtype)) for key in own
+    )
 
 
 # ---------------------------------------------------------------- code in a file
@@ -76,7 +87,9 @@ def old_format(content, path):
     torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
-@pytest.mark.parametrize("write", [torch.save, old_format, raw_pickle], ids=["zip", "legacy", "pickle"])
+@pytest.mark.parametrize(
+    "write", [torch.save, old_format, raw_pickle], ids=["zip", "legacy", "pickle"]
+)
 @pytest.mark.parametrize("where", ["beside", "inside", "alone", "in place of args"])
 @pytest.mark.parametrize("kind", ["os.system", "eval", "exec", "open", "getattr", "Path.touch"])
 def test_code_in_a_checkpoint_never_runs(template, tmp_path, capfd, kind, where, write):
@@ -89,25 +102,43 @@ def test_code_in_a_checkpoint_never_runs(template, tmp_path, capfd, kind, where,
         "getattr": Planted(getattr, trace, "touch"),
         "Path.touch": Planted(type(trace).touch, trace),
     }[kind]
-    content = {"beside": {**template, "note": planted}, "inside": {**template, "optimizer": {"state": [planted]}}, "alone": planted,
-               "in place of args": {**template, "args": argparse.Namespace(DR=planted)}}[where]
+    content = {
+        "beside": {**template, "note": planted},
+        "inside": {**template, "optimizer": {"state": [planted]}},
+        "alone": planted,
+        "in place of args": {**template, "args": argparse.Namespace(DR=planted)},
+    }[where]
     path = tmp_path / "planted.ckpt"
     write(content, path)
-    assert in_process(Tester.main, "--ckpt_path", path, "--save_root", tmp_path / "out", "--DR", tmp_path) == 2
+    assert (
+        in_process(
+            Tester.main, "--ckpt_path", path, "--save_root", tmp_path / "out", "--DR", tmp_path
+        )
+        == 2
+    )
     if where == "alone":  # and once in training
-        assert in_process(Trainer.main, "--ckpt_path", path, "--save_root", tmp_path / "out", "--DR", tmp_path) == 2
+        assert (
+            in_process(
+                Trainer.main, "--ckpt_path", path, "--save_root", tmp_path / "out", "--DR", tmp_path
+            )
+            == 2
+        )
     lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == (2 if where == "alone" else 1) and all("planted.ckpt" in line and "Traceback" not in line for line in lines)
+    assert len(lines) == (2 if where == "alone" else 1) and all(
+        "planted.ckpt" in line and "Traceback" not in line for line in lines
+    )
     assert write is raw_pickle or all("holds code" in line for line in lines), lines
     assert sorted(os.listdir(tmp_path)) == ["planted.ckpt"]
 
 
 def test_every_load_in_the_project_is_of_weights_only():
     loads = []
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("scripts/*.py")]:
         text = path.read_text(encoding="utf-8")
         loads += re.findall(r"torch\.load\([^\n]*", text)
-        assert not re.search(r"pickle\.loads?\(|allow_pickle=True|np\.load\(|joblib|torch\.jit\.load", text), path
+        assert not re.search(
+            r"pickle\.loads?\(|allow_pickle=True|np\.load\(|joblib|torch\.jit\.load", text
+        ), path
     assert loads and all("weights_only=True" in load for load in loads)
 
 
@@ -115,6 +146,11 @@ def test_every_load_in_the_project_is_of_weights_only():
 
 def prefixed(prefix, weights):
     return {prefix + key: value for key, value in weights.items()}
+
+
+def wrapped(pattern, replacement, template):
+    weights = template["state_dict"]
+    return {re.sub(pattern, replacement, key): value for key, value in weights.items()}
 
 
 def adam(template, kind=torch.optim.Adam, steps=1):
@@ -135,19 +171,76 @@ WILD = {
     "another optimizer": lambda t: {**t, "optimizer": adam(t, torch.optim.SGD)},
     "another optimizer with a state": lambda t: {**t, "optimizer": adam(t, torch.optim.RMSprop)},
     "an optimizer of nothing": lambda t: {**t, "optimizer": {"state": {}, "param_groups": []}},
-    "half an optimizer": lambda t: {**t, "optimizer": {"state": {0: {"step": 1}}, "param_groups": adam(t)["param_groups"]}},
-    "extra keys": lambda t: {**t, "epoch": 7, "best": {"psnr": 31.2}, "loss": [0.1, 0.2], "note": "ok", "scheduler": {
-        "milestones": collections.Counter([2, 4]), "gamma": 0.1}, "when": None, "resume": True, "train_state_dict": "none"},
+    "half an optimizer": lambda t: {
+        **t,
+        "optimizer": {"state": {0: {"step": 1}}, "param_groups": adam(t)["param_groups"]},
+    },
+    "extra keys": lambda t: {
+        **t,
+        "epoch": 7,
+        "best": {"psnr": 31.2},
+        "loss": [0.1, 0.2],
+        "note": "ok",
+        "scheduler": {"milestones": collections.Counter([2, 4]), "gamma": 0.1},
+        "when": None,
+        "resume": True,
+        "train_state_dict": "none",
+    },
     "parsed arguments": lambda t: {**t, "args": bare(DR="elsewhere")},
-    "arguments as a dict": lambda t: {**t, "args": {**vars(bare()), "lr": "fast", "optim": "SGD", "F_dim": -3, "unknown": 1}},
+    "arguments as a dict": lambda t: {
+        **t,
+        "args": {**vars(bare()), "lr": "fast", "optim": "SGD", "F_dim": -3, "unknown": 1},
+    },
     "an ordered dict": lambda t: {**t, "state_dict": collections.OrderedDict(t["state_dict"])},
-    "NumPy scalars": lambda t: {**t, "lr": np.float64(0.0005), "tfr": np.float32(0.7), "last_epoch": np.int64(3)},
-    "NumPy arrays of one": lambda t: {**t, "lr": np.array(0.0005), "tfr": np.array([0.7]), "last_epoch": np.array(3, dtype=np.int32)},
-    "tensors of one": lambda t: {**t, "lr": torch.tensor(0.0005), "tfr": torch.tensor([0.7]), "last_epoch": torch.tensor(3)},
-    "module. prefixes": lambda t: {**t, "state_dict": prefixed("module.", t["state_dict"]), "optimizer": {}},
+    "NumPy scalars": lambda t: {
+        **t,
+        "lr": np.float64(0.0005),
+        "tfr": np.float32(0.7),
+        "last_epoch": np.int64(3),
+    },
+    "NumPy arrays of one": lambda t: {
+        **t,
+        "lr": np.array(0.0005),
+        "tfr": np.array([0.7]),
+        "last_epoch": np.array(3, dtype=np.int32),
+    },
+    "tensors of one": lambda t: {
+        **t,
+        "lr": torch.tensor(0.0005),
+        "tfr": torch.tensor([0.7]),
+        "last_epoch": torch.tensor(3),
+    },
+    "module. prefixes": lambda t: {
+        **t,
+        "state_dict": prefixed("module.", t["state_dict"]),
+        "optimizer": {},
+    },
     "two prefixes": lambda t: {**t, "state_dict": prefixed("module._orig_mod.", t["state_dict"])},
-    "half precision": lambda t: {**t, "state_dict": {k: v.half() if v.is_floating_point() else v for k, v in t["state_dict"].items()}},
-    "parameters": lambda t: {**t, "state_dict": {k: nn.Parameter(v, v.is_floating_point()) for k, v in t["state_dict"].items()}},
+    "networks compiled": lambda t: {**t, "state_dict": wrapped(r"^(\w+)\.", r"\1._orig_mod.", t)},
+    "networks in parallel": lambda t: {**t, "state_dict": wrapped(r"^(\w+)\.", r"\1.module.", t)},
+    "layers wrapped": lambda t: {
+        **t,
+        "state_dict": wrapped(
+            r"^(\w+\.\d)\.", r"_fsdp_wrapped_module.\1._checkpoint_wrapped_module.", t
+        ),
+    },
+    "model. and compiled": lambda t: {
+        **t,
+        "state_dict": wrapped(r"^(\w+)\.", r"model.\1._orig_mod.", t),
+    },
+    "net. prefixes": lambda t: {**t, "state_dict": prefixed("net.", t["state_dict"])},
+    "half precision": lambda t: {
+        **t,
+        "state_dict": {
+            k: v.half() if v.is_floating_point() else v for k, v in t["state_dict"].items()
+        },
+    },
+    "parameters": lambda t: {
+        **t,
+        "state_dict": {
+            k: nn.Parameter(v, v.is_floating_point()) for k, v in t["state_dict"].items()
+        },
+    },
 }
 
 
@@ -161,48 +254,98 @@ def test_checkpoints_found_in_the_wild_load_and_go_on(case, template, tmp_path, 
         weights = content["state_dict"]
     model = loaded(path)
     assert equal(model, weights)
-    assert (model.args.lr, model.current_epoch, model.kl_annealing.current_epoch) == (pytest.approx(0.0005), 4, 4)
+    assert (model.args.lr, model.current_epoch, model.kl_annealing.current_epoch) == (
+        pytest.approx(0.0005),
+        4,
+        4,
+    )
     assert model.tfr == pytest.approx(0.7) and type(model.args.lr) is type(model.tfr) is float
     assert model.optim.param_groups[0]["lr"] == pytest.approx(0.0005)
     img = torch.rand(1, 3, 3, 16, 32)
     assert torch.isfinite(model.training_one_step(img, img, True))
-    assert (sum(len(state) for state in model.optim.state.values()) > 0) and not equal(model, weights)
+    assert (sum(len(state) for state in model.optim.state.values()) > 0) and not equal(
+        model, weights
+    )
 
     # and the commands take it
-    assert in_process(Tester.main, "--ckpt_path", path, "--DR", tiny_data, "--frame_H", 16, "--frame_W", 32, "--val_vi_len", 20,
-                      "--no_sanity", "--device", "cpu", "--precision", "fp32") == 0, capfd.readouterr().err
+    assert (
+        in_process(
+            Tester.main,
+            "--ckpt_path",
+            path,
+            "--DR",
+            tiny_data,
+            "--frame_H",
+            16,
+            "--frame_W",
+            32,
+            "--val_vi_len",
+            20,
+            "--no_sanity",
+            "--device",
+            "cpu",
+            "--precision",
+            "fp32",
+        )
+        == 0
+    ), capfd.readouterr().err
     assert (tmp_path / "test" / "submission.csv").exists()
 
 
 def test_a_real_optimizer_is_taken(template, tmp_path):
     state = adam(template, steps=3)
     torch.save({**template, "optimizer": state}, tmp_path / "wild.ckpt")
-    for moments in state["state"].values():  # a stranger's tensors are laid out in the usual way
+    for moments in state["state"].values():  # third-party tensors are not channels-last
         moments["exp_avg"] = torch.rand_like(moments["exp_avg"]).contiguous()
     torch.save({**template, "optimizer": state}, tmp_path / "wild.ckpt")
     model = loaded(tmp_path / "wild.ckpt")
     optimizer = model.optim.state_dict()["state"]
     assert optimizer[0]["step"] == 3
-    for i, parameter in enumerate(model.parameters()):  # in the layout of our weights: the fused kernels walk both alike
+    for i, parameter in enumerate(
+        model.parameters()
+    ):  # in the layout of our weights: the fused kernels walk both alike
         assert torch.equal(optimizer[i]["exp_avg"], state["state"][i]["exp_avg"])
         assert optimizer[i]["exp_avg"].stride() == parameter.stride()
 
 
-@pytest.mark.parametrize("field, value, expected", [
-    ("lr", None, 0.001), ("lr", float("nan"), 0.001), ("lr", "fast", 0.001), ("lr", [0.1], 0.001), ("lr", -1.0, 0.001),
-    ("tfr", None, 1.0), ("tfr", 3, 1.0), ("last_epoch", None, 0), ("last_epoch", "x", 0), ("last_epoch", -7, 0),
-    ("last_epoch", float("inf"), 0), ("last_epoch", 4.0, 5)])
+@pytest.mark.parametrize(
+    "field, value, expected",
+    [
+        ("lr", None, 0.001),
+        ("lr", float("nan"), 0.001),
+        ("lr", "fast", 0.001),
+        ("lr", [0.1], 0.001),
+        ("lr", -1.0, 0.001),
+        ("tfr", None, 1.0),
+        ("tfr", 3, 1.0),
+        ("last_epoch", None, 0),
+        ("last_epoch", "x", 0),
+        ("last_epoch", -7, 0),
+        ("last_epoch", float("inf"), 0),
+        ("last_epoch", 4.0, 5),
+    ],
+)
 def test_figures_that_cannot_be_are_passed_over(template, tmp_path, field, value, expected):
     torch.save({**template, field: value}, tmp_path / "wild.ckpt")
     model = loaded(tmp_path / "wild.ckpt")
-    assert {"lr": model.args.lr, "tfr": model.tfr, "last_epoch": model.current_epoch}[field] == expected
+    assert {"lr": model.args.lr, "tfr": model.tfr, "last_epoch": model.current_epoch}[
+        field
+    ] == expected
 
 
 def test_a_bare_state_dict(template, tmp_path):
     torch.save(template["state_dict"], tmp_path / "weights.pt")
     model = loaded(tmp_path / "weights.pt")
-    assert equal(model, template["state_dict"]) and model.current_epoch == 0 and model.args.lr == 0.001 and model.tfr == 1.0
-    assert read_checkpoint(tmp_path / "weights.pt")["state_dict"].keys() == template["state_dict"].keys()
+    assert (
+        equal(model, template["state_dict"])
+        and model.current_epoch == 0
+        and model.args.lr == 0.001
+        and model.tfr == 1.0
+    )
+    assert (
+        read_checkpoint(tmp_path / "weights.pt")["state_dict"].keys()
+        == template["state_dict"].keys()
+    )
 
 
 def test_the_old_format(template, tmp_path):
@@ -212,7 +355,9 @@ def test_the_old_format(template, tmp_path):
 
 @pytest.mark.parametrize("write", [torch.save, old_format], ids=["zip", "legacy"])
 def test_weights_saved_on_a_gpu(template, tmp_path, monkeypatch, write):
-    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")  # what saving on a GPU writes
+    monkeypatch.setattr(
+        torch.serialization, "location_tag", lambda storage: "cuda:3"
+    )  # what saving on a GPU writes
     write(template, tmp_path / "gpu.ckpt")
     monkeypatch.undo()
     with pytest.raises(RuntimeError):
@@ -222,9 +367,11 @@ def test_weights_saved_on_a_gpu(template, tmp_path, monkeypatch, write):
 
 
 def test_a_checkpoint_of_ours_needs_no_allowances(ours):
-    """torch.load(weights_only=True) has just read it; its weights are the five networks' and its figures are plain."""
+    """torch.load(weights_only=True) has just read it; its numbers are plain."""
     assert {key.split(".")[0] for key in ours["state_dict"]} == set(NETWORKS)
-    assert {"state_dict", "optimizer", "lr", "tfr", "last_epoch"} <= ours.keys() and ours["optimizer"]["state"]
+    assert {"state_dict", "optimizer", "lr", "tfr", "last_epoch"} <= ours.keys() and ours[
+        "optimizer"
+    ]["state"]
     assert type(ours["args"]) is dict and ours["last_epoch"] in (0, 1)
     json.dumps([ours[key] for key in ("lr", "tfr", "last_epoch", "args")])
 
@@ -232,24 +379,54 @@ def test_a_checkpoint_of_ours_needs_no_allowances(ours):
 REFUSED = {
     "not a checkpoint": lambda path, t: path.write_bytes(b"these are not weights" * 100),
     "empty": lambda path, t: path.write_bytes(b""),
-    "half": lambda path, t: (torch.save(t, path), path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])),
-    "half, in the old format": lambda path, t: (old_format(t, path), path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])),
-    "a flipped header": lambda path, t: (torch.save(t, path), path.write_bytes(b"XX" + path.read_bytes()[2:])),
+    "half": lambda path, t: (
+        torch.save(t, path),
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    ),
+    "half, in the old format": lambda path, t: (
+        old_format(t, path),
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    ),
+    "a flipped header": lambda path, t: (
+        torch.save(t, path),
+        path.write_bytes(b"XX" + path.read_bytes()[2:]),
+    ),
     "a text": lambda path, t: torch.save("weights", path),
     "a list": lambda path, t: torch.save([t], path),
     "a tensor": lambda path, t: torch.save(torch.zeros(3), path),
     "a whole model": lambda path, t: torch.save(nn.Linear(2, 2), path),
     "a script module": lambda path, t: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path),
     "no weights": lambda path, t: torch.save({"lr": 0.1}, path),
-    "weights of another network": lambda path, t: torch.save({"state_dict": {"conv.weight": torch.zeros(3)}}, path),
-    "a missing key": lambda path, t: torch.save({k: v for k, v in t["state_dict"].items() if k != "Generator.7.bias"}, path),
-    "a key too many": lambda path, t: torch.save({**t["state_dict"], "Generator.8.bias": torch.zeros(3)}, path),
-    "a network missing": lambda path, t: torch.save({k: v for k, v in t["state_dict"].items() if "RGB" not in k and "frame_" not in k}, path),
-    "one weight of another size": lambda path, t: torch.save({**t["state_dict"], "Generator.7.bias": torch.zeros(4)}, path),
-    "sizes that can't be": lambda path, t: torch.save({**t["state_dict"], "frame_transformation.6.weight": torch.zeros(3)}, path),
-    "a size of nothing": lambda path, t: torch.save({**t["state_dict"], "Decoder_Fusion.5.weight": torch.zeros(0)}, path),
-    "weights without values": lambda path, t: torch.save({k: v.to("meta") for k, v in t["state_dict"].items()}, path),
-    "sparse weights": lambda path, t: torch.save({k: v.to_sparse() for k, v in t["state_dict"].items()}, path),
+    "weights of another network": lambda path, t: torch.save(
+        {"state_dict": {"conv.weight": torch.zeros(3)}}, path
+    ),
+    "a missing key": lambda path, t: torch.save(
+        {k: v for k, v in t["state_dict"].items() if k != "Generator.7.bias"}, path
+    ),
+    "two models": lambda path, t: torch.save(
+        {**t["state_dict"], "module.Generator.7.bias": torch.zeros(3)}, path
+    ),
+    "a key too many": lambda path, t: torch.save(
+        {**t["state_dict"], "Generator.8.bias": torch.zeros(3)}, path
+    ),
+    "a network missing": lambda path, t: torch.save(
+        {k: v for k, v in t["state_dict"].items() if "RGB" not in k and "frame_" not in k}, path
+    ),
+    "one weight of another size": lambda path, t: torch.save(
+        {**t["state_dict"], "Generator.7.bias": torch.zeros(4)}, path
+    ),
+    "sizes that can't be": lambda path, t: torch.save(
+        {**t["state_dict"], "frame_transformation.6.weight": torch.zeros(3)}, path
+    ),
+    "a size of nothing": lambda path, t: torch.save(
+        {**t["state_dict"], "Decoder_Fusion.5.weight": torch.zeros(0)}, path
+    ),
+    "weights without values": lambda path, t: torch.save(
+        {k: v.to("meta") for k, v in t["state_dict"].items()}, path
+    ),
+    "sparse weights": lambda path, t: torch.save(
+        {k: v.to_sparse() for k, v in t["state_dict"].items()}, path
+    ),
     "a folder": lambda path, t: path.mkdir(),
     "nothing there": lambda path, t: None,
     "a link that points nowhere": lambda path, t: path.symlink_to("nowhere"),
@@ -262,30 +439,76 @@ def test_what_is_no_checkpoint_of_ours(case, template, tmp_path, capfd, tiny_dat
     path = tmp_path / "bad.ckpt"
     REFUSED[case](path, template)
     for main in (Trainer.main, Tester.main):
-        assert in_process(main, "--DR", tiny_data, "--save_root", tmp_path / "out", "--ckpt_path", path, "--device", "cpu") == 2
+        assert (
+            in_process(
+                main,
+                "--DR",
+                tiny_data,
+                "--save_root",
+                tmp_path / "out",
+                "--ckpt_path",
+                path,
+                "--device",
+                "cpu",
+            )
+            == 2
+        )
         stderr = capfd.readouterr().err
-        assert stderr.count("\n") == 1 and "bad.ckpt" in stderr and "Traceback" not in stderr, stderr
+        assert stderr.count("\n") == 1 and "bad.ckpt" in stderr and "Traceback" not in stderr, (
+            stderr
+        )
         assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("main", [Trainer.main, Tester.main])
 def test_other_sizes_than_asked_for(main, tiny_data, tiny_run, tmp_path, capfd):
-    assert in_process(main, "--DR", tiny_data, "--save_root", tmp_path / "out", "--ckpt_path", tiny_run / "best.ckpt", "--F_dim", 32) == 2
+    assert (
+        in_process(
+            main,
+            "--DR",
+            tiny_data,
+            "--save_root",
+            tmp_path / "out",
+            "--ckpt_path",
+            tiny_run / "best.ckpt",
+            "--F_dim",
+            32,
+        )
+        == 2
+    )
     stderr = capfd.readouterr().err
-    assert stderr.count("\n") == 1 and "best.ckpt" in stderr and "--F_dim" in stderr and not (tmp_path / "out").exists()
+    assert (
+        stderr.count("\n") == 1
+        and "best.ckpt" in stderr
+        and "--F_dim" in stderr
+        and not (tmp_path / "out").exists()
+    )
 
 
-# ---------------------------------------------------------------- scripts that others wrote
+# ---------------------------------------------------------------- third-party scripts
 
 @pytest.mark.parametrize("flags", ["the template's", "fewer", "next to none"])
 def test_a_script_with_a_bare_namespace(flags, template, tiny_data, tmp_path):
     torch.save(template, tmp_path / "epoch=3.ckpt")
-    args = bare(DR=str(tiny_data), save_root=str(tmp_path / "out"), ckpt_path=str(tmp_path / "epoch=3.ckpt"))
+    args = bare(
+        DR=str(tiny_data), save_root=str(tmp_path / "out"), ckpt_path=str(tmp_path / "epoch=3.ckpt")
+    )
     if flags == "fewer":
-        args = argparse.Namespace(DR=args.DR, save_root=args.save_root, ckpt_path=args.ckpt_path, val_vi_len=20, train_vi_len=8, num_epoch=5,
-                                  lr=0.001, device="cpu", **SIZES)
+        args = argparse.Namespace(
+            DR=args.DR,
+            save_root=args.save_root,
+            ckpt_path=args.ckpt_path,
+            val_vi_len=20,
+            train_vi_len=8,
+            num_epoch=5,
+            lr=0.001,
+            device="cpu",
+            **SIZES,
+        )
     if flags == "next to none":
-        args = argparse.Namespace(DR=args.DR, ckpt_path=args.ckpt_path, val_vi_len=20, device="cpu", **SIZES)
+        args = argparse.Namespace(
+            DR=args.DR, ckpt_path=args.ckpt_path, val_vi_len=20, device="cpu", **SIZES
+        )
 
     model = Trainer.VAE_Model(args).to("cpu")
     model.load_checkpoint()
@@ -295,13 +518,26 @@ def test_a_script_with_a_bare_namespace(flags, template, tiny_data, tmp_path):
     loader = model.val_dataloader()
     for img, label in loader:
         loss, psnrs = model.val_one_step(img, label)
-        assert float(loss) > 0 and len(psnrs) == 19 and all(isinstance(psnr, float) for psnr in psnrs)
+        assert (
+            float(loss) > 0 and len(psnrs) == 19 and all(isinstance(psnr, float) for psnr in psnrs)
+        )
         assert np.mean(psnrs) == pytest.approx(model.eval(), abs=1e-4)
     for img, label in model.train_dataloader():
         for teacher in (True, False):
             assert torch.isfinite(model.training_one_step(img, label, teacher))
-    for name in ("optim", "scheduler", "kl_annealing", "mse_criterion", "current_epoch", "tfr", "tfr_d_step", "tfr_sde", "train_vi_len",
-                 "val_vi_len", "batch_size"):
+    for name in (
+        "optim",
+        "scheduler",
+        "kl_annealing",
+        "mse_criterion",
+        "current_epoch",
+        "tfr",
+        "tfr_d_step",
+        "tfr_sde",
+        "train_vi_len",
+        "val_vi_len",
+        "batch_size",
+    ):
         assert hasattr(model, name), name
     model.save(str(tmp_path / "mine.ckpt"))
     assert equal(model, torch.load(tmp_path / "mine.ckpt", weights_only=True)["state_dict"])
@@ -326,15 +562,15 @@ def test_a_criterion_of_ones_own():
             del model.mse_criterion
         model.mse_criterion = criterion
         torch.manual_seed(0)
-        _, found, _, _ = model(img, img, True)
+        found = model(img, img, True)[0]["mse"]
         model.mse_criterion = nn.MSELoss()
         torch.manual_seed(0)
-        _, squared, _, _ = model(img, img, True)
+        squared = model(img, img, True)[0]["mse"]
         assert found > squared  # of differences below 1
 
 
 class NetworksOnly(Trainer.VAE_Model):
-    """As the template's Tester does it: nn.Module's constructor, the five networks, and a few attributes."""
+    """As the template's Tester: nn.Module's constructor, the five networks, a few attributes."""
 
     def __init__(self, args, **attributes):
         super(Trainer.VAE_Model, self).__init__()
@@ -349,16 +585,24 @@ class NetworksOnly(Trainer.VAE_Model):
 
 
 class OverridesAll(NetworksOnly):
-    """A tester of somebody's own: it overrides what the template's overrides, and writes its GIFs itself."""
+    """A third-party tester: it overrides what the template's overrides, and make_gif too."""
 
     def __init__(self, args):
-        super().__init__(args, mse_criterion=nn.MSELoss(), current_epoch=0, val_vi_len=args.val_vi_len, batch_size=args.batch_size)
+        super().__init__(
+            args,
+            mse_criterion=nn.MSELoss(),
+            current_epoch=0,
+            val_vi_len=args.val_vi_len,
+            batch_size=args.batch_size,
+        )
 
     def forward(self, img, label):
         raise NotImplementedError("nobody calls it")
 
     def val_dataloader(self):
-        dataset = Trainer.Dataset_Dance(self.args.DR, Trainer.frame_transform(self.args.frame_H, self.args.frame_W), "test")
+        dataset = Trainer.Dataset_Dance(
+            self.args.DR, Trainer.frame_transform(self.args.frame_H, self.args.frame_W), "test"
+        )
         return torch.utils.data.DataLoader(dataset, batch_size=1, num_workers=0, shuffle=False)
 
     def load_checkpoint(self):
@@ -377,8 +621,12 @@ class OverridesAll(NetworksOnly):
         img, label = img.permute(1, 0, 2, 3, 4), label.permute(1, 0, 2, 3, 4)
         frames = [img[0]]
         for t in range(1, self.val_vi_len):
-            z = torch.randn(1, self.args.N_dim, self.args.frame_H, self.args.frame_W, device=self.args.device)
-            fused = self.Decoder_Fusion(self.frame_transformation(frames[-1]), self.label_transformation(label[t]), z)
+            z = torch.randn(
+                1, self.args.N_dim, self.args.frame_H, self.args.frame_W, device=self.args.device
+            )
+            fused = self.Decoder_Fusion(
+                self.frame_transformation(frames[-1]), self.label_transformation(label[t]), z
+            )
             frames.append(self.Generator(fused).clamp(0, 1))
         self.make_gif(frames[0], f"pred_seq{idx}.gif")
         self.made.append(torch.stack(frames, 1))
@@ -387,28 +635,174 @@ class OverridesAll(NetworksOnly):
         pass
 
 
-def test_a_script_that_subclasses_as_the_templates_tester_does(ours, tiny_data, tiny_run, tmp_path):
+def test_a_script_that_subclasses_as_the_templates_tester_does(
+        ours, tiny_data, tiny_run, tmp_path):
     """With a checkpoint of ours, which torch.load reads without allowances."""
-    model = OverridesAll(bare(DR=str(tiny_data), save_root=str(tmp_path / "out"), ckpt_path=str(tiny_run / "best.ckpt"), batch_size=1))
+    model = OverridesAll(bare(
+        DR=str(tiny_data), save_root=str(tmp_path / "out"), batch_size=1,
+        ckpt_path=str(tiny_run / "best.ckpt")))
+    assert model.training
     model.load_checkpoint()
     assert equal(model, ours["state_dict"])
     made = model.eval()
-    assert len(made) == 5 and made[0].shape == (1, 20, 3, 16, 32) and torch.isfinite(made[0]).all()
+    assert len(made) == 5 and made[0].shape == (1, 20, 3, 16, 32)
+    assert torch.isfinite(made[0]).all()
+    assert equal(model, ours["state_dict"])  # its rollouts move no statistics of BatchNorm
 
 
-@pytest.mark.parametrize("attributes", [
-    {}, {"mse_criterion": nn.MSELoss(), "current_epoch": 0, "val_vi_len": 20, "batch_size": 1}], ids=["fewest", "the template's"])
-def test_a_script_that_inherits_more(attributes, template, tiny_data, tmp_path):
-    """The networks are its own, the rest is ours: load_checkpoint, eval, val_one_step, make_gif, a training step."""
+def test_a_tester_that_never_leaves_training_mode_scores_as_ours_does(
+        ours, tiny_data, tiny_run, tmp_path, monkeypatch):
+    """Blank and nearly blank poses: BatchNorm must not normalize each of them by itself."""
+    flags = dict(DR=str(tiny_data), save_root=str(tmp_path), ckpt_path=str(tiny_run / "best.ckpt"))
+    theirs = OverridesAll(bare(**flags, batch_size=1))
+    theirs.load_checkpoint()
+    mine = Trainer.VAE_Model(bare(**flags, precision="fp32", z="zero"))
+    mine.load_checkpoint()
+    monkeypatch.setattr(torch, "randn", lambda *shape, device=None: torch.zeros(shape))
+
+    dataset = Tester.Dataset_Dance(tiny_data, Trainer.frame_transform(16, 32), video_len=20)
+    first, label = dataset[3]
+    label = label.clone()
+    label[5:] = label[0, :, :1, :1]  # the background
+    label[7:, :, 8, 8] += 1 / 255
+    theirs.made = []
+    with torch.no_grad():
+        theirs.val_one_step(first[None], label[None])
+    (found,) = theirs.made
+    assert torch.isfinite(found).all()
+    assert torch.allclose(found[:, 1:], mine.rollout(first, label[None]), atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["load_state_dict", "load_checkpoint"])
+def test_networks_alone_evaluate_once_loaded_and_train_in_a_step(way, template, tmp_path):
     torch.save(template, tmp_path / "wild.ckpt")
-    args = bare(DR=str(tiny_data), save_root=str(tmp_path / "out"), ckpt_path=str(tmp_path / "wild.ckpt"))
+    model = NetworksOnly(bare(ckpt_path=str(tmp_path / "wild.ckpt")))
+    if way == "load_checkpoint":
+        model.load_checkpoint()
+    else:
+        assert not model.load_state_dict(template["state_dict"], strict=True).missing_keys
+    assert not any(module.training for module in model.modules())
+    img = torch.rand(2, 3, 3, 16, 32)
+    for _ in range(2):
+        before = [buffer.clone() for buffer in model.buffers()]
+        model.val_one_step(img, img)
+        assert all(map(torch.equal, before, model.buffers()))
+        model.training_one_step(img, img, True)
+        assert all(module.training for module in model.modules())
+        assert not any(map(torch.equal, before, model.buffers()))
+
+
+def test_a_trainer_of_ours_stays_in_training_mode(template):
+    model = Trainer.VAE_Model(bare())
+    model.load_state_dict(template["state_dict"])
+    assert model.training
+
+
+# ---------------------------------------------------------------- our checkpoints elsewhere
+
+
+@pytest.mark.parametrize("recipe, peak", [("pool", 2e-3), ("template", 1e-3)])
+def test_the_learning_rate_of_a_finished_run_can_be_trained_with(recipe, peak, tiny_data, tmp_path):
+    """A third-party Trainer does Adam(lr=checkpoint["lr"]); the end of a cosine would be 0."""
+    flags = ["--DR", tiny_data, "--save_root", tmp_path, *TINY, "--num_epoch", 1,
+             "--recipe", recipe, "--train_vi_len", 4]
+    assert in_process(Trainer.main, *flags) == 0
+    for name in ("best.ckpt", "last.ckpt", "epoch=0.ckpt"):
+        checkpoint = torch.load(tmp_path / name, weights_only=True)
+        assert checkpoint["lr"] == pytest.approx(peak)
+    model = NetworksOnly(bare())
+    model.load_state_dict(checkpoint["state_dict"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=checkpoint["lr"])
+    model.Generator[7].bias.sum().backward()
+    optimizer.step()
+    moved = (model.Generator[7].bias - checkpoint["state_dict"]["Generator.7.bias"]).abs()
+    assert moved.max().item() == pytest.approx(peak, rel=1e-3)
+
+
+def test_a_resume_does_not_read_the_learning_rate(tiny_data, tmp_path):
+    flags = ["--DR", tiny_data, *TINY, "--num_epoch", 1, "--save_root"]
+    assert in_process(Trainer.main, *flags, tmp_path / "a") == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    last = torch.load(tmp_path / "b" / "last.ckpt", weights_only=True)
+    torch.save({**last, "lr": 7.0}, tmp_path / "b" / "last.ckpt")
+    results = []
+    for name in "ab":
+        assert in_process(Trainer.main, *flags, tmp_path / name, "--num_epoch", 2, "--resume") == 0
+        results.append(torch.load(tmp_path / name / "last.ckpt", weights_only=True))
+    assert results[0]["lr"] == results[1]["lr"] == pytest.approx(2e-3)
+    for key, value in results[0]["train_state_dict"].items():
+        assert torch.equal(value, results[1]["train_state_dict"][key])
+
+
+# ---------------------------------------------------------------- a sigmoid of their own
+
+
+@pytest.fixture(scope="module")
+def with_sigmoid(tiny_data, tmp_path_factory):
+    """A third-party checkpoint of a network trained with a sigmoid after the Generator."""
+    folder = tmp_path_factory.mktemp("sigmoid")
+    assert in_process(Trainer.main, "--DR", tiny_data, "--save_root", folder, *TINY,
+                      "--output", "sigmoid", "--num_epoch", 4, "--lr", 0.01) == 0
+    weights = torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]
+    torch.save({"state_dict": weights}, folder / "third.ckpt")
+    return folder / "third.ckpt"
+
+
+@pytest.mark.parametrize("main", [Trainer.main, Tester.main])
+def test_a_network_trained_with_a_sigmoid_is_told_how_to_be_tested(
+        main, with_sigmoid, tiny_data, tmp_path, capsys):
+    flags = ["--DR", tiny_data, "--save_root", tmp_path / "out", "--ckpt_path", with_sigmoid,
+             *TINY, "--test"]
+    assert in_process(main, *flags) == 0
+    assert capsys.readouterr().out.count("--output sigmoid") == 1
+    assert in_process(main, *flags, "--output", "sigmoid") == 0
+    assert "expected --output sigmoid" not in capsys.readouterr().out
+
+
+def test_a_network_trained_without_is_not(tiny_data, tiny_run, tmp_path, capsys):
+    for main in (Trainer.main, Tester.main):
+        assert in_process(main, "--DR", tiny_data, "--save_root", tmp_path / "out", "--ckpt_path",
+                          tiny_run / "best.ckpt", *TINY, "--test") == 0
+    assert "sigmoid" not in capsys.readouterr().out
+
+
+def test_what_counts_as_trained_with_a_sigmoid():
+    """Far outside [0, 1] alone is not enough: a clamp in training lets values run off, too."""
+    given = torch.rand(2, 3, 16, 32, generator=torch.Generator().manual_seed(0)).clamp(0.02, 0.98)
+    noise = 0.05 * torch.randn(given.shape, generator=torch.Generator().manual_seed(1))
+    dark_or_bright = given.round().clamp(0.02, 0.98)
+    far_off = (given.round() - 0.5) * 20
+    for frames, before, expected in [
+            (torch.logit(given) + noise, given, True),              # a sigmoid's network
+            (torch.logit(dark_or_bright), dark_or_bright, True),    # high contrast
+            (given + noise, given, False),                          # a good network without
+            (0.1 + noise, given, False),                            # one that knows nothing yet
+            (far_off, given.round(), False),                        # trained with a clamp
+            (1e6 * noise, given, False),                            # exploded
+            (given * math.nan, given, False)]:
+        assert are_logits(frames, before) == expected
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{}, {"mse_criterion": nn.MSELoss(), "current_epoch": 0, "val_vi_len": 20, "batch_size": 1}],
+    ids=["fewest", "the template's"],
+)
+def test_a_script_that_inherits_more(attributes, template, tiny_data, tmp_path):
+    """The networks are its own; load_checkpoint, eval, val_one_step and make_gif are ours."""
+    torch.save(template, tmp_path / "wild.ckpt")
+    args = bare(
+        DR=str(tiny_data), save_root=str(tmp_path / "out"), ckpt_path=str(tmp_path / "wild.ckpt")
+    )
     model = NetworksOnly(args, **attributes)
     before = model.eval()  # with the weights it was made with
     model.load_checkpoint()
     assert equal(model, template["state_dict"]) and model.current_epoch == 4
     after = model.eval()
     assert before != after and after == pytest.approx(
-        loaded(tmp_path / "wild.ckpt", DR=str(tiny_data), save_root=str(tmp_path / "out")).eval(), abs=0.05)  # bf16 rounds by layout
+        loaded(tmp_path / "wild.ckpt", DR=str(tiny_data), save_root=str(tmp_path / "out")).eval(),
+        abs=0.05,
+    )  # bf16 rounds by layout
     for img, label in model.val_dataloader():
         loss, psnrs = model.val_one_step(img, label)
         assert len(psnrs) == 19 and float(loss) > 0
@@ -417,7 +811,7 @@ def test_a_script_that_inherits_more(attributes, template, tiny_data, tmp_path):
 
 
 def test_networks_alone_can_be_trained(tiny_data, tmp_path):
-    """A step, a checkpoint and a training stage, inherited by a class that never ran our __init__ and overrides forward."""
+    """A step, a checkpoint and a training stage, without our __init__ and our forward."""
 
     class Overriding(NetworksOnly):
         def forward(self, img, label):
@@ -438,7 +832,15 @@ def test_a_tester_that_inherits_from_ours(template, tiny_data, tmp_path):
         __init__ = NetworksOnly.__init__
 
     torch.save(template, tmp_path / "wild.ckpt")
-    args = types.SimpleNamespace(**vars(bare(DR=str(tiny_data), save_root=str(tmp_path / "out"), ckpt_path=str(tmp_path / "wild.ckpt"))))
+    args = types.SimpleNamespace(
+        **vars(
+            bare(
+                DR=str(tiny_data),
+                save_root=str(tmp_path / "out"),
+                ckpt_path=str(tmp_path / "wild.ckpt"),
+            )
+        )
+    )
     model = Mine(args)
     model.load_checkpoint()
     assert model.eval().shape == (5, 20, 3, 16, 32)

@@ -4,6 +4,7 @@ from utils import frame_cache
 import pytest
 import torch
 import Trainer
+from dataloader import RolloutPool
 from conftest import TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,10 +35,9 @@ def on_a_gpu_without_values(model):
                 module._parameters[name] = torch.nn.Parameter(torch.empty(weight.shape, device="cuda"))
         for name, buffer in module._buffers.items():
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
-    model.new_optimizer()
-    model.reset_totals()
-    model.skipped_in_a_row = torch.zeros((), dtype=torch.long, device="cuda")
-    model.ema = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for name in ("optim", "scheduler", "scaler"):  # made anew for these weights
+        model.__dict__.pop(name, None)
+    model.state.average = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
 def give_gradients(model):
@@ -82,7 +82,7 @@ def test_the_pool_reads_nothing_back_wherever_the_data_are(tiny_data):
     model = Trainer.VAE_Model(Trainer.build_parser().parse_args([*TINY, "--DR", str(tiny_data)]))
     dataset = model.dataset("train", 2)
     with FakeTensorMode(allow_non_fake_inputs=True), NoReading():
-        pool = Trainer.RolloutPool(dataset, [0, len(dataset.frames.imgs)], 8, 0, "cuda")
+        pool = RolloutPool(dataset, [0, len(dataset.frames.imgs)], 8, 0, "cuda")
         img, label = pool.draw(2, 2, 0.5, torch.zeros(2, dtype=torch.bool))
         assert img.shape == label.shape == (2, 2, 3, 16, 32) and img.device.type == label.device.type == "cuda"
         pool.put(torch.rand(2, 3, 16, 32, device="cuda"))

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from utils import cli  # noqa: E402
+from utils import cli, distributed  # noqa: E402
 import Trainer  # noqa: E402
 from conftest import TINY  # noqa: E402
+from utils.checkpoint import adopt_settings  # noqa: E402
 from utils.cli import Stopped  # noqa: E402
 
 STOPS = {"pool": [(1, "training", 3), (0, "validation", 1)], "template": [(1, "training", 6)]}  # rank, where, step
@@ -48,9 +49,9 @@ def train(data, folder, recipe, *flags, signal_in=None, signal_at=None):
     args = Trainer.build_parser().parse_args(["--DR", data, "--save_root", str(folder), *TINY, *RECIPES[recipe], *flags])
     if args.resume:
         args.ckpt_path = str(folder / "last.ckpt")
-        Trainer.adopt_settings(args)
+        adopt_settings(args, Trainer.build_parser())
     model = Watched(args)
-    model.rank, model.world, model.signal_in, model.signal_at = dist.get_rank(), dist.get_world_size(), signal_in, signal_at
+    model.signal_in, model.signal_at = signal_in, signal_at
     model.load_checkpoint()
     try:
         model.training_stage()
@@ -67,7 +68,7 @@ def gathered(value):
 
 def same_on_all_ranks(model):
     """Whether every tensor of the network, averages and optimizer has the same bits on all ranks."""
-    own = [*model.state_dict().values(), *(model.ema or {}).values(), *(v for s in model.optim.state_dict()["state"].values() for v in s.values())]
+    own = [*model.state_dict().values(), *(model.state.average or {}).values(), *(v for s in model.optim.state_dict()["state"].values() for v in s.values())]
     own = torch.cat([value.contiguous().view(-1).view(torch.uint8) for value in own])
     every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(every, own)
@@ -76,7 +77,7 @@ def same_on_all_ranks(model):
 
 def main():
     data, out = sys.argv[1], Path(sys.argv[2])
-    Trainer.join_processes(Trainer.build_parser().parse_args([*TINY]))
+    distributed.start(Trainer.build_parser().parse_args([*TINY]), sys.argv)
     rank, report = dist.get_rank(), {}
     for recipe in RECIPES:
         model, _ = train(data, out / recipe, recipe)
@@ -93,4 +94,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, Trainer.leave)
+    cli.run(main, distributed.leave)

@@ -4,16 +4,23 @@ The base module: it imports nothing of the project and no package that is slow t
 """
 
 import argparse
+import atexit
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit status by signal, as a shell reports it
 if hasattr(signal, "SIGHUP"):  # a terminal that was closed, a connection that was lost; Windows has none
     INTERRUPTED[signal.SIGHUP] = 129
+
+# PyTorch's errors where a loader process was killed, or has no room for a batch
+LOADER_LOST = re.compile(r"DataLoader worker .*(is killed by signal|exited unexpectedly)"
+                         r"|shared memory|torch_shm|</torch_\d|ancdata")
 
 
 class UserError(ValueError):
@@ -48,10 +55,24 @@ def run(main, leave=sys.exit):
         status = INTERRUPTED[signal.SIGINT]
     except SystemExit as end:
         status = end.code
-    except Exception:
-        traceback.print_exc()
-        status = 1
+    except Exception as error:
+        lost = isinstance(error, RuntimeError) and LOADER_LOST.search(str(error))
+        if lost:  # at any moment: PyTorch raises it in a signal handler
+            print(f"error: --num_workers: a loader process was lost ({loader_problem(error)}); "
+                  f"expected more shared memory (docker run --shm-size 1g), fewer processes, or "
+                  f"--num_workers 0, which needs neither", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        status = 2 if lost else 1
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # no traceback from here on
     leave(status or 0)
+
+
+def loader_problem(error):
+    """Return what happened to a loader process: the line that says it, of a traceback maybe."""
+    text = f"{error}\n{error.__cause__ or ''}"  # the signal that killed a process is the cause
+    lines = [line for line in text.splitlines() if LOADER_LOST.search(line)]
+    return lines[-1].removeprefix("RuntimeError: ").strip().rstrip(".")
 
 
 @contextmanager
@@ -67,6 +88,15 @@ def catching_signals(note):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def command_line(script, argv):
+    """Return the words of a command. script: its file. argv: what its `main` got; None is the process's own."""
+    if argv is None:
+        return list(sys.argv)
+    here, script = Path.cwd(), Path(script).resolve()
+    script = script.relative_to(here) if script.is_relative_to(here) else script
+    return [str(script), *map(str, argv)]
 
 
 def stop(number):

@@ -1,10 +1,12 @@
-"""Decoded frames: reading an image file, and the cache of uint8 arrays that spares decoding it twice."""
+"""Read image files, and keep decoded frames as uint8 arrays so that none is decoded twice."""
 
 import functools
 import hashlib
+import io
 import json
 import os
 import secrets
+import struct
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -15,36 +17,79 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torchvision import transforms
 
-from utils.cli import UserError, progress
+from utils.cli import UserError, progress, say
 
-MAX_PIXELS = 64_000_000  # a picture that claims more is a mistake or an attack (a 30 KB PNG can claim 10 GB)
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # said by read_image, in one line
+MAX_PIXELS = 64_000_000  # a file that claims more is a mistake or an attack (30 KB can claim 10 GB)
+# read_image refuses such a file in one line of its own
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read_image(path):
-    """A picture file as a PIL image in RGB. UserError names a file that can't be read as one."""
+    """Return an image file as a PIL image in RGB. UserError names a file that can't be read so."""
     try:
-        with Image.open(path) as image:
+        with open(path, "rb") as file, Image.open(io.BytesIO(pixels_only(file.read()))) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{path}: the picture claims {image.width}x{image.height} pixels; expected at most {MAX_PIXELS:,}")
-            if image.mode.startswith("I"):  # 16 bits a channel: convert("RGB") would clip instead of scaling
-                scaled = np.asarray(image, dtype=np.float64) / 257
-                return Image.fromarray(np.rint(scaled.clip(0, 255)).astype(np.uint8)).convert("RGB")
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")
-            return image.convert("RGB")
+                raise UserError(f"{path}: the image claims {image.width}x{image.height} pixels; "
+                                f"expected at most {MAX_PIXELS:,}")
+            return to_rgb(image, path)
     except UserError:
         raise
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: the picture claims more than {MAX_PIXELS:,} pixels") from None
-    except Exception as error:  # Pillow raises many kinds for broken files: OSError, SyntaxError, ValueError, struct.error
-        raise UserError(f"{path}: can't be read as a picture ({type(error).__name__}: {error}); expected a PNG") from None
+        raise UserError(f"{path}: the image claims more than {MAX_PIXELS:,} pixels") from None
+    except PIL.UnidentifiedImageError:
+        raise UserError(f"{path}: is no image that Pillow knows; expected a PNG") from None
+    except OSError as error:
+        raise UserError(f"{path}: can't be read as an image ({error.strerror or error}); "
+                        f"expected a PNG") from None
+    except Exception as error:  # for broken files Pillow raises SyntaxError, ValueError, ...
+        raise UserError(f"{path}: can't be read as an image ({type(error).__name__}: {error}); "
+                        f"expected a PNG") from None
+
+
+def pixels_only(data):
+    """Return a PNG without the chunks that don't touch its pixels; any other file as it is.
+
+    Pillow refuses a PNG for long texts, and for damaged ones.
+    """
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    kept, at = [data[:8]], 8
+    while at + 8 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, at)
+        if kind[:1].isupper() or kind == b"tRNS":  # lower case: a decoder may pass it over
+            kept.append(data[at:at + size + 12])
+        at += size + 12
+    return b"".join(kept) + data[at:]
+
+
+def to_rgb(image, path):
+    """Return a PIL image of any mode in RGB, 8 bits a channel, scaled from the range it has.
+
+    UserError for values whose range the file does not tell: signed, floating-point, 32 bits.
+    """
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    sample_format = max(tags.get(SAMPLEFORMAT, (1,)))
+    if image.mode in ("I", "F") or sample_format != 1:
+        kind = {"I": "32-bit or signed", "F": "floating-point"}.get(image.mode, "signed")
+        raise UserError(f"{path}: holds {kind} values; expected an image of 8 or 16 bits a channel")
+    if image.mode.startswith("I;16"):  # convert("RGB") would clip
+        white = 2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1  # 12 bits are possible, too
+        values = np.asarray(image, dtype=np.float64) * (255 / white)
+        if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero: Pillow inverts only 8 bits
+            values = 255 - values
+        image = Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8))
+    elif image.mode == "La":  # Pillow has no way from here to RGB
+        image = image.convert("LA")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def decode(paths, frame_H, frame_W, workers=4, out=None, desc="decoding"):
-    """Pictures to uint8 (N, 3, frame_H, frame_W), resized as `frame_transform` does, with a progress bar."""
+    """Decode images to uint8 (N, 3, frame_H, frame_W), resized as `frame_transform` does."""
     if out is None:
         out = np.empty((len(paths), 3, frame_H, frame_W), np.uint8)
     resize = transforms.Resize((frame_H, frame_W))
@@ -52,10 +97,11 @@ def decode(paths, frame_H, frame_W, workers=4, out=None, desc="decoding"):
     def decode_one(i):
         out[i] = np.asarray(resize(read_image(paths[i]))).transpose(2, 0, 1)
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow releases the GIL while it decodes and resizes
+    # threads: Pillow releases the GIL while it decodes and resizes
+    with ThreadPoolExecutor(max(1, workers)) as pool:
         try:
-            for _ in progress(pool.map(decode_one, range(len(paths))), total=len(paths), desc=desc, unit="picture", leave=False,
-                              delay=1):
+            for _ in progress(pool.map(decode_one, range(len(paths))), total=len(paths),
+                              desc=desc, unit="image", leave=False, delay=1):
                 pass
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -64,20 +110,33 @@ def decode(paths, frame_H, frame_W, workers=4, out=None, desc="decoding"):
 
 
 def fingerprint(paths, frame_H, frame_W):
-    """A key that changes with any picture's name, size or time of change, with the frame shape and with Pillow."""
+    """Return a key that changes with any image, the frame shape and Pillow.
+
+    An image that was replaced or renamed has another inode or time of change, even where name,
+    size and time of modification are equal.
+    """
     try:
-        stats = [(f"{path.parent.name}/{path.name}", status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
+        stats = [(f"{path.parent.name}/{path.name}", status.st_size, status.st_mtime_ns,
+                  status.st_ctime_ns, status.st_ino)
+                 for path in paths for status in [path.stat()]]
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; expected a readable picture") from None
-    described = json.dumps([PIL.__version__, frame_H, frame_W, str(paths[0].parent.resolve()), stats])
+        raise UserError(f"{error.filename}: {error.strerror}; "
+                        f"expected a readable image") from None
+    described = json.dumps([PIL.__version__, frame_H, frame_W,
+                            str(paths[0].parent.resolve()), stats])
     return hashlib.sha256(described.encode()).hexdigest()[:20]
 
 
 def cache_folder(root, cache_dir=None):
-    """--cache_dir, else `.frame_cache` beside the data, else the user's cache folder; None where none can be written."""
-    wanted = Path(cache_dir) if cache_dir else Path(root) / ".frame_cache"
-    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pose-conditioned-vae"
-    for folder in [wanted] if cache_dir else [wanted, user]:
+    """Return the folder of the frame cache, made; None where none can be written.
+
+    It is --cache_dir, else `.frame_cache` beside the data, else the user's cache folder.
+    """
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folders = [Path(cache_dir)] if cache_dir else [Path(root) / ".frame_cache"]
+    if not cache_dir and user.is_absolute():  # "~" stays where a user has no name and no HOME
+        folders.append(user / "pose-conditioned-vae")
+    for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -85,49 +144,77 @@ def cache_folder(root, cache_dir=None):
         except OSError as error:
             problem = error.strerror or error
     if cache_dir:
-        raise UserError(f"--cache_dir {cache_dir}: {problem}; expected a folder that can be written, or --no_cache")
+        raise UserError(f"--cache_dir {cache_dir}: {problem}; expected a folder that can be "
+                        f"written, or --no_cache")
+    say_once(f"--DR {root}: can't be written ({problem}), so frames are decoded into memory at "
+             f"every start; --cache_dir keeps them")
     return None
 
 
-def cached(paths, frame_H, frame_W, folder, workers=4, desc="decoding"):
-    """The uint8 array of `decode`, memory-mapped from `folder`; made there first where it is not up to date.
+@functools.cache
+def say_once(line):
+    """Print a line, the first time only: each split has a cache."""
+    say(line)
 
-    Two processes may build it at once: each writes a file of its own and renames it; readers see a whole file or none.
-    The map is copy-on-write, which keeps torch quiet about read-only memory; nothing is ever written to it.
+
+def cached(paths, frame_H, frame_W, folder, workers=4, desc="decoding"):
+    """Return the uint8 array of `decode`, memory-mapped from `folder`; made there if need be.
+
+    Two processes may build it at once: each writes a file of its own and renames it; readers see a
+    whole file or none. The map is copy-on-write, which keeps torch quiet about read-only memory;
+    nothing is ever written to it.
     """
     key, shape = fingerprint(paths, frame_H, frame_W), (len(paths), 3, frame_H, frame_W)
     if folder is None:
         return decode(paths, frame_H, frame_W, workers, desc=desc)
     path = Path(folder) / f"{key}.npy"
-    try:
-        array = np.lib.format.open_memmap(path, mode="c")
-        if array.shape == shape and array.dtype == np.uint8:
-            return array
-    except Exception:  # not there yet, or damaged, which NumPy reports in many ways: made anew
-        pass
+    array = open_array(path, shape)
+    if array is not None:
+        return array
     aside = path.with_suffix(f".{secrets.token_hex(6)}.part")
     try:
-        array = np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint8, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # a disk that fills up under a memory map is a SIGBUS
-            with open(aside, "rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, aside.stat().st_size)
-        decode(paths, frame_H, frame_W, workers, array, desc)
-        array.flush()
-        os.replace(aside, path)
+        # the array has no name here: on Windows a file that is mapped can't be renamed
+        decode(paths, frame_H, frame_W, workers, new_array(aside, shape), desc)
+        try:
+            os.replace(aside, path)
+        except PermissionError:  # on Windows, where another process was first and maps its file
+            array = open_array(path, shape)
+            if array is None:
+                raise
+            return array
         return np.lib.format.open_memmap(path, mode="c")
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}; expected room for the frame cache, another --cache_dir, or --no_cache") from None
+        raise UserError(f"{folder}: {error.strerror or error}; expected room for the frame cache, "
+                        f"another --cache_dir, or --no_cache") from None
     finally:
         with suppress(OSError):  # a path that can't be there has nothing to remove either
             aside.unlink()
 
 
-def to_float(pictures):
-    """uint8 to float32 in [0, 1], bit for bit as ToTensor does it on the CPU."""
-    return torch.empty(pictures.shape, device=pictures.device).copy_(pictures).div_(_white(pictures.device))
+def open_array(path, shape):
+    """Return the uint8 array of this shape in a .npy file, memory-mapped; None where it is not."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="c")
+    except Exception:  # not there yet, or damaged, which NumPy reports in many ways
+        return None
+    return array if array.shape == shape and array.dtype == np.uint8 else None
+
+
+def new_array(path, shape):
+    """Return a uint8 array that is mapped to a new .npy file, with its room on the disk."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # a disk that fills up under a memory map is a SIGBUS
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def to_float(frames):
+    """Return uint8 as float32 in [0, 1], bitwise what ToTensor gives on the CPU."""
+    return torch.empty(frames.shape, device=frames.device).copy_(frames).div_(_white(frames.device))
 
 
 @functools.cache
 def _white(device):
-    """255 as a tensor: by a number CUDA would not divide but multiply by 1 / 255, which rounds in another way."""
+    """Return 255 as a tensor: CUDA multiplies by 1 / 255 for a number, and rounds otherwise."""
     return torch.full((), 255.0, device=device)

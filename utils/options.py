@@ -6,7 +6,7 @@ A flag on the command line beats the recipe, the recipe beats the template's def
 import argparse
 import re
 
-from utils.cli import Parser, number, path, say
+from utils.cli import Parser, UserError, number, path, say
 
 # What a recipe sets where the command line says nothing; all else has the template's default.
 RECIPES = {
@@ -19,7 +19,7 @@ DEFAULT_RECIPE = "pool"
 
 # flags that say how and where to run, not what to train: a checkpoint never decides them
 OF_THE_MACHINE = {"save_root", "device", "gpu", "num_workers", "no_cache", "cache_dir", "ckpt_path", "resume", "test", "per_save",
-                  "save_every_steps", "max_minutes", "tensorboard", "store_visualization", "no_compile"}
+                  "save_every_steps", "max_minutes", "tensorboard", "store_visualization", "compile"}
 
 KL_ANNEAL_TYPES = {"cyclical": "Cyclical", "monotonic": "Monotonic", "none": "None", "without": "None"}
 
@@ -30,6 +30,37 @@ def kl_anneal_type(text):
         return KL_ANNEAL_TYPES[str(text).lower()]
     except KeyError:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of Cyclical, Monotonic, None") from None
+
+
+def check_kl_annealing(args):
+    """Give args.kl_anneal_type its canonical name. UserError for values out of range, as other people's scripts set them."""
+    try:
+        args.kl_anneal_type = kl_anneal_type(args.kl_anneal_type)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--kl_anneal_type: {error}") from None
+    if args.kl_anneal_cycle < 1:
+        raise UserError(f"--kl_anneal_cycle {args.kl_anneal_cycle}: expected at least 1")
+    if not 0 < args.kl_anneal_ratio <= 1:
+        raise UserError(f"--kl_anneal_ratio {args.kl_anneal_ratio}: expected above 0 and at most 1")
+
+
+def require(args, *flags):
+    """Raise UserError for a flag that is missing."""
+    for flag in flags:
+        if getattr(args, flag) is None:
+            raise UserError(f"--{flag}: is missing; expected a path")
+
+
+def as_list(value):
+    """Return the values of a flag that takes one or several, as a list."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+class OneOrMore(argparse.Action):
+    """Keep a single value as it is, several as a list: other people's scripts expect one --ckpt_path."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 def device_name(text):
@@ -145,9 +176,10 @@ def build_parser(prog, description):
     running.add_argument("--device", type=device_name, metavar="DEVICE", help="cuda, cuda:N, cpu or mps (None: cuda where there is one, else cpu)")
     running.add_argument("--gpu", type=number(int, 1), default=1, metavar="N", help="GPUs wanted; above 1 needs torchrun")
     running.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: what is fastest on this machine, printed at the start")
-    running.add_argument("--no_compile", action="store_true", help="never use torch.compile")
+    running.add_argument("--compile", action="store_true", help="torch.compile the networks for training; its gain was not measured on a GPU")
+    running.add_argument("--no_compile", dest="compile", action="store_false", default=False, help="the default; taken for old commands")
     running.add_argument("--checkpoint_steps", action="store_true", help="recompute activations step by step in the backward pass: long windows in less memory")
-    running.add_argument("--ckpt_path", type=path, metavar="FILE", help="checkpoint to load; training goes on from it")
+    running.add_argument("--ckpt_path", type=path, nargs="+", action=OneOrMore, metavar="FILE", help="checkpoint to load; training resumes from it. Several: tested as one, each frame the mean of their predictions")
     running.add_argument("--resume", action="store_true", help="go on from save_root/last.ckpt, from scratch where there is none")
     running.add_argument("--test", action="store_true", help="Trainer: validate --ckpt_path and stop; Tester does nothing else anyway")
     running.add_argument("--per_save", type=number(int, 1), default=3, metavar="N", help="keep epoch={n}.ckpt when n is a multiple of N")

@@ -4,7 +4,11 @@ Epochs count from 0. In the template's recipe `e` is the whole epoch; in the poo
 of the run that is done times num_epoch, so that a run of any length has the whole curve.
 """
 
+import copy
 import math
+
+from utils import options
+from utils.cli import say
 
 FAST_LR = 1.5    # how much larger --fast_train's learning rate is, unless --lr is given
 WARM_UP = 0.02   # share of the run in which the cosine schedule climbs; at most a tenth of the first epoch
@@ -66,3 +70,49 @@ def data_share(args, epoch):
 def continuous(args):
     """Return whether schedules move with every step: in the pool recipe."""
     return args.recipe == "pool"
+
+
+def share_done(model):
+    """Return the share of the run that is done: by its steps, or by the time it is fitted to."""
+    budget, total = model.session.budget, model.session.total_steps
+    if budget and budget.fitted:
+        return budget.share()
+    return model.state.steps_done / total if total else 0.0
+
+
+def schedule_epoch(model):
+    """Return the epoch that a model's schedules go by: continuous in the pool's training stage."""
+    if in_continuous_stage(model):
+        return share_done(model) * model.args.num_epoch
+    return model.current_epoch
+
+
+def in_continuous_stage(model):
+    """Return whether a model's schedules move with every step: in a training stage of the pool."""
+    return continuous(model.args) and bool(model.session.total_steps)
+
+
+class kl_annealing:
+    """The weight beta in [0, 1] of the KL term, by whole epochs, as the template has it (Fu et al. 2019).
+
+    args: kl_anneal_type (Cyclical, Monotonic or None, in any case), kl_anneal_cycle, kl_anneal_ratio, num_epoch.
+    UserError for cycles below 1 and a ratio outside (0, 1].
+    """
+
+    frange_cycle_linear = staticmethod(frange_cycle_linear)
+
+    def __init__(self, args, current_epoch=0):
+        args = options.build_parser("", "").fill(copy.copy(args))
+        options.check_kl_annealing(args)
+        self.args, self.current_epoch = args, current_epoch
+        cycles = kl_cycles(args)
+        if args.kl_anneal_type == "Cyclical" and cycles < args.kl_anneal_cycle:
+            say(f"--kl_anneal_cycle {args.kl_anneal_cycle} is more than {args.num_epoch} epochs hold: {cycles} used")
+
+    def update(self):
+        """Advance to the next epoch."""
+        self.current_epoch += 1
+
+    def get_beta(self):
+        """Return the current epoch's beta; after the last epoch, the last one."""
+        return beta_at(self.args, self.current_epoch)

@@ -1,87 +1,136 @@
-"""The Kaggle submission: a CSV of pixel values, written and checked. Needs neither PyTorch nor the rest of the project."""
+"""The Kaggle submission: a CSV of pixel values, written and checked. Needs NumPy alone."""
 
 import numpy as np
 
-from utils.cli import UserError, progress
+from utils.cli import UserError
 from utils.files import atomic
+
+COMPETITION = 5, 630, (3, 32, 64)  # sequences, frames of each, shape of a frame
 
 
 def csv_rows(frames):
-    """Frames (n, 3, H, W) in [0, 1] as the CSV's text without ids: a list of n rows of integers rint(255 * x), channel first."""
+    """Return frames (n, 3, H, W) in [0, 1] as the CSV's text without ids, a list of n rows.
+
+    A row is the whole numbers rint(255 * x), channel first.
+    """
     values = np.rint(255 * frames.double().numpy()).astype(np.uint8).reshape(len(frames), -1)
     return [",".join(map(str, row)) for row in values.tolist()]
 
 
 def write_submission(path, rows, values):
-    """The Kaggle CSV, atomically: `id` and `values` integers a row, the bytes that pandas would write."""
+    """Write the Kaggle CSV atomically, as pandas would: `id` and `values` whole numbers a row."""
     with atomic(path) as aside, open(aside, "w", newline="", encoding="ascii") as file:
         file.write(",".join(["id", *map(str, range(values))]) + "\n")
         file.writelines(f"{i},{row}\n" for i, row in enumerate(rows))
 
 
-def check_submission(path, sequences, frames, values):
-    """The rows of a submission as a uint8 array (sequences * frames, values); UserError names the first bad line.
+def format_warning(sequences, frames, shape):
+    """Return a line that says why the competition refuses such a submission; None if it does not.
 
-    A submission is a header `id,0,...,{values - 1}` and one row a frame: its id, counted from 0, and whole numbers 0..255.
+    shape: (3, H, W) of a frame.
     """
-    rows = sequences * frames
-    header = ",".join(["id", *map(str, range(values))]).encode()
-    longest = max(len(header), 24 + 4 * values) + 2  # a longer line has too many columns; never read more of it
+    def described(sequences, frames, shape):
+        return (f"{sequences} sequences of {frames} frames of {shape[1]}x{shape[2]}, "
+                f"{sequences * frames:,} rows of {1 + int(np.prod(shape)):,} columns")
 
-    def shown(field):
-        return repr(field[:24].decode("utf-8", "replace")) + ("..." if len(field) > 24 else "")
+    found = sequences, frames, tuple(shape)
+    if found == COMPETITION:
+        return None
+    return (f"not the competition's format: {described(*found)}; "
+            f"it takes {described(*COMPETITION)}")
 
-    def fail(line, what):
-        raise UserError(f"{path}, line {line}: {what}")
 
-    def wrong(line, row, content):
-        """Say what is wrong with a line that is no row."""
-        fields = content.split(b",")
-        if len(fields) != values + 1:
-            fail(line, f"{len(fields)} columns, expected {values + 1} (id and {values} values)")
-        if fields[0] != str(row).encode():
-            fail(line, f"id is {shown(fields[0])}, expected {row}")
-        for column, field in enumerate(fields[1:]):
-            if not field.isdigit() or len(field) > 3 or int(field) > 255:
-                fail(line, f"column {column} is {shown(field)}, expected a whole number from 0 to 255")
+def check_submission(path, sequences, frames, values):
+    """Return the rows of a submission, uint8 (sequences * frames, values).
 
+    A submission is a header `id,0,...,{values - 1}` and one row a frame: its id, counted from 0,
+    and whole numbers 0..255. UserError names the first bad line.
+    """
     try:
         with open(path, "rb") as handle:
-
-            def next_line():
-                content = handle.readline(longest)
-                return content, content.removesuffix(b"\n").removesuffix(b"\r")
-
-            raw, content = next_line()
-            if content != header:
-                found = content.split(b",")
-                first = next((i for i, (a, b) in enumerate(zip(found, header.split(b","))) if a != b), None)
-                what = f"has {len(found)} columns" if first is None else f"has {shown(found[first])} as column {first + 1}"
-                fail(1, f"the header {what}, expected id,0,1,...,{values - 1} ({values + 1} columns)")
-            pixels = np.empty((rows, values), dtype=np.uint8)
-            for row in progress(range(rows), desc="checking", unit="row", leave=False, delay=1):
-                line = row + 2
-                raw, content = next_line()
-                if not raw:
-                    fail(line, f"the file ends after {row} rows, expected {rows} ({sequences} sequences of {frames} frames)")
-                if not content:
-                    fail(line, f"is blank, expected the row with id {row}")
-                if not raw.endswith(b"\n") and len(raw) == longest:
-                    fail(line, f"is longer than {values + 1} columns can be")
-                fields = content.split(b",", 1)
-                if fields[0] != str(row).encode() or len(fields) == 1 or fields[1].translate(None, b"0123456789,"):
-                    wrong(line, row, content)
-                try:
-                    found = bytes(map(int, fields[1].split(b",")))  # bytes() refuses numbers above 255, int() empty fields
-                except ValueError:
-                    found = b""
-                if len(found) != values:
-                    wrong(line, row, content)
-                pixels[row] = np.frombuffer(found, dtype=np.uint8)
-            raw, content = next_line()
-            if raw:
-                line = rows + 2
-                fail(line, f"more than {rows} rows, expected the end of the file" if content else "is blank, expected the end of the file")
+            return _Reader(path, handle, values).read(sequences, frames)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})")
-    return pixels
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+class _Reader:
+    """A submission's file, read line by line."""
+
+    def __init__(self, path, handle, values):
+        self.path, self.handle, self.values = path, handle, values
+        self.header = ",".join(["id", *map(str, range(values))]).encode()
+        # a longer line has too many columns; never read more of it
+        self.longest = max(len(self.header), 24 + 4 * values) + 2
+
+    def read(self, sequences, frames):
+        """Return all rows; UserError names the first bad line."""
+        rows = sequences * frames
+        self.check_header(self.next_line()[1])
+        pixels = np.empty((rows, self.values), dtype=np.uint8)
+        for row in range(rows):
+            raw, content = self.next_line()
+            if not raw:
+                self.fail(row + 2, f"the file ends after {row} rows, expected {rows} "
+                                   f"({sequences} sequences of {frames} frames)")
+            pixels[row] = self.numbers(row, raw, content)
+        raw, content = self.next_line()
+        if raw:
+            problem = f"more than {rows} rows" if content else "is blank"
+            self.fail(rows + 2, f"{problem}, expected the end of the file")
+        return pixels
+
+    def next_line(self):
+        """Return the next line as it is, and without its end."""
+        raw = self.handle.readline(self.longest)
+        return raw, raw.removesuffix(b"\n").removesuffix(b"\r")
+
+    def check_header(self, content):
+        if content == self.header:
+            return
+        found = content.split(b",")
+        pairs = enumerate(zip(found, self.header.split(b",")))
+        first = next((i for i, (a, b) in pairs if a != b), None)
+        problem = (f"has {len(found)} columns" if first is None
+                   else f"has {_shown(found[first])} as column {first + 1}")
+        self.fail(1, f"the header {problem}, expected id,0,1,...,{self.values - 1} "
+                     f"({self.values + 1} columns)")
+
+    def numbers(self, row, raw, content):
+        """Return a row's values, uint8 (values,); UserError says what is wrong with its line."""
+        line = row + 2
+        if not content:
+            self.fail(line, f"is blank, expected the row with id {row}")
+        if not raw.endswith(b"\n") and len(raw) == self.longest:
+            self.fail(line, f"is longer than {self.values + 1} columns can be")
+        fields = content.split(b",", 1)
+        plain = len(fields) == 2 and not fields[1].translate(None, b"0123456789,")
+        if fields[0] != str(row).encode() or not plain:
+            self.explain(line, row, content)
+        try:
+            # bytes() refuses numbers above 255, int() empty fields
+            found = bytes(map(int, fields[1].split(b",")))
+        except ValueError:
+            found = b""
+        if len(found) != self.values:
+            self.explain(line, row, content)
+        return np.frombuffer(found, dtype=np.uint8)
+
+    def explain(self, line, row, content):
+        """Say what is wrong with a line that is no row."""
+        fields = content.split(b",")
+        if len(fields) != self.values + 1:
+            self.fail(line, f"{len(fields)} columns, expected {self.values + 1} "
+                            f"(id and {self.values} values)")
+        if fields[0] != str(row).encode():
+            self.fail(line, f"id is {_shown(fields[0])}, expected {row}")
+        for column, field in enumerate(fields[1:]):
+            if not field.isdigit() or len(field) > 3 or int(field) > 255:
+                self.fail(line, f"column {column} is {_shown(field)}, "
+                                f"expected a whole number from 0 to 255")
+
+    def fail(self, line, what):
+        raise UserError(f"{self.path}, line {line}: {what}")
+
+
+def _shown(field):
+    return repr(field[:24].decode("utf-8", "replace")) + ("..." if len(field) > 24 else "")

@@ -1,0 +1,280 @@
+"""The edge of the training stage: the folder's lock, signals, ranks, time, resuming. Functions that take the model."""
+
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils import cli, distributed, logger, schedules, time_budget
+from utils.averaging import begin_average
+from utils.checkpoint import file_version, is_latest_in, is_resumable, read_checkpoint
+from utils.cli import Stopped, UserError, say
+from utils.compiling import compile_networks
+from utils.files import csv_length, locked, set_aside, sweep_leftovers
+from utils.hardware import enough_memory, keep_precision
+from utils.schedules import WARM_UP, share_done
+from utils.training_state import capture, restore, restore_checkpoint
+
+MAX_SKIPPED = 20  # non-finite steps in a row that end training
+
+
+@dataclass
+class Session:
+    """What a model has beside its weights and its TrainingState, and what ends with the process."""
+
+    command: list = field(default_factory=list)   # words that started this run
+    began: float | None = None                    # time.monotonic() of its start
+    stop: distributed.StopSignal = field(default_factory=distributed.StopSignal)
+    budget: time_budget.TimeBudget | None = None  # of --max_minutes
+    total_steps: int | None = None                # of the whole run, known in a training stage
+    drawn: dict = field(default_factory=dict)     # how many samples of teacher forcing the step drew
+    frames: dict = field(default_factory=dict)    # decoded splits
+    clips: list | None = None                     # start indices of the training data's clips
+    poses: torch.Tensor | None = None             # training poses for BatchNorm recalibration
+    ensemble: list = field(default_factory=list)  # models whose predictions are averaged with this one's
+    first_step: tuple = (0, 0.0)                  # steps done before this process, and when it began
+    saved: dict | None = None                     # a checkpoint's training state, until training resumes
+    version: tuple | None = None                  # the version of that checkpoint's file
+    lr: float | None = None                       # --lr of the command
+    evaluates: bool = False                       # in evaluation mode until the next training step
+    logits_said: bool = False                     # whether `warn_of_logits` has printed its line
+    parallel: object = None                       # DistributedDataParallel around the model
+    board: object = None                          # TensorBoard's writer
+    bar: object = None                            # the progress bar of a rollout
+
+
+    def count_drawn(self, samples, more):
+        """Count a step's samples of teacher forcing, bool (n,). more: to those counted before."""
+        before = self.drawn if more else {"forced": 0, "drawn": 0}
+        self.drawn = {"forced": before["forced"] + int(samples.sum()),
+                      "drawn": before["drawn"] + len(samples)}
+
+
+# ---------------------------------------------------------------- around a training stage
+
+@contextmanager
+def guarded(model):
+    """Inside, save_root is locked, a signal saves and stops the run, and a full device is a UserError."""
+    args, session = model.args, model.session
+    memory = enough_memory(f"--batch_size {args.batch_size}",
+                           "a smaller one, or --checkpoint_steps for long windows")
+    lock = locked(args.save_root) if distributed.rank() == 0 else nullcontext()
+    with memory, lock, cli.catching_signals(session.stop.note):
+        try:
+            yield
+        except Stopped:
+            model.write(["last.ckpt"])
+            logger.write_tables(model)
+            command = distributed.resume_command(session.command)
+            say(f"stopped in epoch {model.current_epoch}, saved; resume "
+                + (f"with: {command}" if session.command else f"from {args.save_root}/last.ckpt"))
+            raise
+        finally:
+            session.parallel = None  # it holds on to the process group, which would end after its threads
+            session.began = None     # a stage that follows in this process has minutes of its own
+
+
+def prepare(model):
+    """Ready the first step: a checkpoint's state or a fresh one, the other ranks, compiling, the time."""
+    args, state, session = model.args, model.state, model.session
+    # the folder's lock is held only now, and decoding may have taken minutes
+    if session.saved and Path(args.ckpt_path).resolve().parent == Path(args.save_root).resolve():
+        if file_version(args.ckpt_path) != session.version:
+            raise UserError(f"{args.ckpt_path}: another run has written it meanwhile; "
+                            f"expected the same command once more")
+    # resumed from an earlier checkpoint, the run's best one must not be lost
+    latest = session.saved and is_latest_in(args.save_root, args.ckpt_path)
+    resumes_here = state.steps_done or latest
+    count_steps(model)
+    set_learning_rate(model)
+    parallelize(model)
+    if session.saved:
+        resume(model)
+    model.teacher_forcing_ratio_update()  # by this command's flags, whatever the checkpoint had
+    if distributed.rank() == 0:
+        sweep_leftovers(args.save_root)
+        aside = None if resumes_here else set_aside(args.save_root)
+        if aside:
+            say(f"--save_root {args.save_root}: the files that were here are in {aside}"
+                + (f"; --save_root {aside} --resume resumes their run"
+                   if is_resumable(aside / "last.ckpt") else ""))
+        if args.tensorboard:
+            session.board = logger.open_tensorboard(Path(args.save_root) / "tensorboard")
+        if resumes_here and state.step == 0:
+            catch_up(model)
+    logger.print_start(model)
+    session.first_step = state.steps_done, time.monotonic()
+    if args.compile:
+        compile_networks(model)
+        session.first_step = state.steps_done, time.monotonic()
+    if args.max_minutes and model.current_epoch < state.num_epoch:
+        time_budget.fit(model)
+
+
+def end_step(model, loss, bar, last):
+    """Log a step, save where --save_every_steps wants it, stop where a signal or the loss asks for it.
+
+    last: whether the epoch ends with it.
+    """
+    args, state, session = model.args, model.state, model.session
+    before, state.share_done = state.share_done, share_done(model)
+    logger.log_steps(model, before)
+    logger.print_duration(model)
+    # reading a value from a GPU waits for it; at the end of an epoch it must, or its last steps would
+    # count as validation
+    look = model.device.type == "cpu" or state.steps_done % 20 == 0 or last
+    if look:
+        model.tqdm_bar("train", bar, loss, model.optim.param_groups[0]["lr"], state.step - bar.n)
+        if state.skipped_in_a_row >= MAX_SKIPPED:
+            raise UserError(f"--lr {args.lr:g}, --kl_weight {args.kl_weight:g}: the loss was not finite for "
+                            f"{int(state.skipped_in_a_row)} steps in a row in epoch {state.epoch}; expected "
+                            f"smaller ones (what is in {args.save_root} is whole)")
+    if look or distributed.world() == 1:
+        agree(model)
+    if args.save_every_steps and state.step % args.save_every_steps == 0:
+        model.write(["last.ckpt"])
+    session.stop.check()
+
+
+def evaluate_until_trained(model):
+    """Leave training mode until the next training step, where VAE_Model.__init__ never ran.
+
+    Such a subclass, as the template's Tester, never leaves training mode itself, in which
+    BatchNorm normalizes each pose alone.
+    """
+    if not model.initialized:
+        nn.Module.train(model, False)
+        model.session.evaluates = True
+
+
+def train_again(model):
+    """End what `evaluate_until_trained` began."""
+    if model.session.evaluates:
+        nn.Module.train(model, True)
+        model.session.evaluates = False
+
+
+def agree(model):
+    """Let all ranks see the same clock, and the signal that any of them received."""
+    budget = model.session.budget
+    if budget:
+        budget.now = distributed.broadcast(time.monotonic(), model.device)
+    model.session.stop.agree(model.device)
+
+
+def learning_rate_factor(model, _=None):
+    """Return what --lr is multiplied with in the next step; at the peak outside a training stage."""
+    share = share_done(model) if model.session.total_steps else WARM_UP
+    return schedules.learning_rate_factor(model.args, model.current_epoch, share)
+
+
+def set_learning_rate(model):
+    """Give the optimizer the learning rate of the next step."""
+    for group, peak in zip(model.optim.param_groups, model.scheduler.base_lrs):
+        group["lr"] = peak * learning_rate_factor(model)
+
+
+def count_steps(model):
+    """Count the steps of the whole run, by which schedules go."""
+    state = model.state
+    rest = sum(model.steps_in(epoch) for epoch in range(state.epoch, state.num_epoch))
+    model.session.total_steps = max(1, state.steps_done - state.step + rest)
+
+
+# ---------------------------------------------------------------- resuming
+
+def epochs_to_train(model):
+    """Return the epochs of the run; a resumed run's own, where --num_epoch asks for the same number."""
+    saved = model.session.saved
+    same = saved and saved["num_epoch"] == model.args.num_epoch
+    return saved["state"]["num_epoch"] if same else model.args.num_epoch
+
+
+def resume(model):
+    """Restore the training state of the checkpoint that was loaded."""
+    args, state, session, saved = model.args, model.state, model.session, model.session.saved
+    if len(saved["ranks"]) != distributed.world():
+        say(f"{distributed.world()} process(es), the checkpoint's run had {len(saved['ranks'])}: "
+            f"not bitwise identical")
+    num_epoch, train_frames = epochs_to_train(model), state.train_frames
+    keep_precision(model, saved)
+    restore_checkpoint(model, saved, args.ckpt_path)
+    if state.train_frames != train_frames:
+        say(f"--DR {args.DR}: {train_frames} training frames, the checkpoint's run had {state.train_frames}")
+    state.num_epoch, state.train_frames, session.saved = num_epoch, train_frames, None
+    model.scheduler.base_lrs, args.lr = [session.lr], session.lr
+    count_steps(model)
+
+
+def catch_up(model):
+    """Write the tables and figures of the newest epoch, where a kill came between its checkpoints and them."""
+    args, state, root = model.args, model.state, Path(model.args.save_root)
+    if distributed.rank() or not state.history or csv_length(root / "history.csv") == len(state.history):
+        return
+    best = root / "best.ckpt"
+    best = best.exists() and read_checkpoint(best)["last_epoch"] == state.history[-1]["epoch"]
+    if best or getattr(args, "store_visualization", False):
+        model.eval()
+    logger.write_epoch(model, best)
+
+
+def catch_up_alone(model, open_data):
+    """`catch_up` of a run that is done: its data are opened and its state restored for it."""
+    saved, args = model.session.saved, model.args
+    if not saved or not args.resume or distributed.rank():
+        return
+    with locked(args.save_root), cli.catching_signals(cli.stop):
+        if csv_length(Path(args.save_root) / "history.csv") != len(saved["state"]["history"]):
+            open_data(model)
+            begin_average(model)
+            restore_checkpoint(model, saved, args.ckpt_path)
+            catch_up(model)
+            logger.enlarge(model)
+
+
+# ---------------------------------------------------------------- ranks
+
+def parallelize(model):
+    """Have the gradients of training steps averaged over the ranks; weights come from rank 0."""
+    if distributed.world() == 1:
+        return
+    args, session = model.args, model.session
+    session.parallel = DistributedDataParallel(model)
+    # after its first step DistributedDataParallel sums gradients in another order: a discarded step comes
+    # first, so that runs that start and runs that resume are bitwise identical
+    saved = capture(model)
+    window = torch.zeros(args.batch_size, 2, 3, args.frame_H, args.frame_W, device=model.device)
+    session.parallel(window, window, True)[0].backward()
+    model.optim.zero_grad(set_to_none=True)
+    restore(model, saved)
+    torch.manual_seed(args.seed + distributed.rank())  # what each rank draws from here on is its own
+
+
+def validate(model):
+    """Return the PSNR of `model.eval()`, run on rank 0, on every rank; an error there ends all of them."""
+    began = time.monotonic()
+    psnr, problem = 0.0, None
+    if distributed.world() == 1:
+        psnr = model.eval()
+    else:
+        for buffer in model.buffers():  # each rank's BatchNorm saw other windows: rank 0's statistics hold
+            dist.broadcast(buffer, 0)
+        if distributed.rank() == 0:
+            try:
+                psnr = model.eval()
+            except (Stopped, UserError) as error:
+                problem = error
+        if distributed.broadcast(isinstance(problem, UserError), model.device):
+            raise problem or SystemExit(2)  # rank 0 prints what it was
+        model.session.stop.agree(model.device)
+        model.session.stop.check()
+        psnr = distributed.broadcast(psnr, model.device)
+    if model.session.budget:
+        seconds = distributed.broadcast(time.monotonic() - began, model.device)
+        model.session.budget.reserve(seconds)
+    return psnr

@@ -1,0 +1,89 @@
+"""The time of a run with --max_minutes: epochs and schedules are fitted to it."""
+
+import time
+
+import torch
+
+from utils.averaging import validated_weights
+from utils.cli import say
+from utils.distributed import broadcast
+from utils.schedules import share_done
+from utils.training_state import capture, restore
+
+FEW_FRAMES = 33  # of the rollout that is timed
+MARGIN = 1.2, 5  # of the last validation: a factor for a machine that slows down, seconds for files
+
+
+class TimeBudget:
+    """The minutes of a run, in seconds of time.monotonic(). The last validation must fit before `end`."""
+
+    def __init__(self, end, now, validation, share):
+        self.end, self.start_share = end, share
+        self.start = self.now = now
+        self.fitted = False  # whether the schedules go by the time; else there is time for all epochs
+        self.reserve(validation)
+
+    def reserve(self, validation):
+        """Keep the seconds of the last validation, with a margin."""
+        self.deadline = self.end - MARGIN[0] * validation - MARGIN[1]
+
+    def over(self):
+        """Return whether the last validation must begin."""
+        return self.now >= self.deadline
+
+    def share(self):
+        """Return the share of the run that is done: from what it was at the start to 1 at the deadline."""
+        gone = (self.now - self.start) / max(1e-9, self.deadline - self.start)
+        return self.start_share + (1 - self.start_share) * min(1.0, max(0.0, gone))
+
+
+def fit(model):
+    """Measure a training step and a rollout, and give the model's session a TimeBudget and its number of epochs."""
+    args, state, session = model.args, model.state, model.session
+    saved = capture(model)
+    step = broadcast(seconds_a_step(model), model.device)
+    restore(model, saved)
+    validation = broadcast(seconds_a_validation(model), model.device)
+    restore(model, saved)
+
+    now = broadcast(time.monotonic(), model.device)  # one clock for all ranks
+    end = broadcast(session.began + 60 * args.max_minutes, model.device)
+    budget = TimeBudget(end, now, validation, share_done(model))
+    left, epoch = budget.deadline - now, state.epoch
+    while epoch < state.num_epoch:
+        left -= model.steps_in(epoch) * step + (validation if epoch > state.epoch else 0)
+        if left < 0 and epoch > state.epoch:
+            break
+        epoch += 1
+    budget.fitted = epoch < state.num_epoch or left < 0
+    state.num_epoch, session.budget = epoch, budget
+    say(f"--max_minutes {args.max_minutes:g}: a step takes {step:.3f} s, a validation about "
+        f"{validation:.0f} s; {epoch - state.epoch} epochs")
+
+
+def seconds_a_step(model, count=5):
+    """Return the median duration of a training step."""
+    seconds, began = [], time.monotonic()
+    for batch, _ in zip(model.batches(), range(count)):
+        model.training_one_step(*batch)
+        if model.state.pool is not None:
+            model.state.pool.put(model.generated)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        seconds.append(time.monotonic() - began)
+        began = time.monotonic()
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def seconds_a_validation(model):
+    """Return how long a validation takes, from a short rollout."""
+    args, loader = model.args, model.val_dataloader()
+    img, label = next(iter(loader))
+    few = min(args.val_vi_len, FEW_FRAMES)
+    for _ in range(2):  # the first one warms up
+        began = time.monotonic()
+        with validated_weights(model):
+            ready = time.monotonic()
+            model.rollout(img[:, 0], label[:, :few])
+        rollout = (time.monotonic() - ready) * (args.val_vi_len - 1) / (few - 1)
+    return ready - began + rollout * len(loader)

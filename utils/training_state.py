@@ -1,0 +1,189 @@
+"""What a resume needs beside the weights and the optimizer: one dataclass, saved and restored whole.
+
+A resumed run on a CPU is bitwise identical to one that was never stopped (docs/GUARANTEES.md).
+"""
+
+import copy
+import math
+from argparse import Namespace
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from utils import distributed
+from utils.averaging import load_network_state, network_state
+from utils.checkpoint import load_weights, optimizer_fits, read_checkpoint, sizes
+from utils.cli import UserError
+from utils.logger import RunningMeans
+from utils.muon import is_matrix
+from utils.schedules import WARM_UP, learning_rate_factor, share_done
+
+
+@dataclass
+class TrainingState:
+    """The state of a run between two steps. Values are plain, tensors, or objects with a state of their own."""
+
+    num_epoch: int                    # epochs of this run; --max_minutes may leave fewer than --num_epoch
+    sampler: torch.Generator          # draws what is teacher-forced; every rank has its own
+    skipped_in_a_row: object = 0      # steps whose gradient was not finite; a tensor after the first
+    epoch: int = 0                    # the one that is trained
+    step: int = 0                     # steps done in this epoch
+    steps_done: int = 0               # steps done in the whole run
+    epoch_sample: float | None = None  # of --tf_coin epoch
+    best_psnr: float = -math.inf
+    seconds: float = 0.0              # of training in this epoch
+    share_done: float = 0.0           # of the run
+    train_frames: int | None = None   # of the data
+    average: dict | None = None       # averaged weights by name (EMA)
+    pool: object = None               # the RolloutPool; every rank has its own
+    history: list = field(default_factory=list)  # rows of history.csv
+    steps: list = field(default_factory=list)    # rows of steps.csv
+    epoch_means: RunningMeans = field(default_factory=RunningMeans)  # of the next row of history.csv
+    step_means: RunningMeans = field(default_factory=RunningMeans)   # of the next row of steps.csv
+
+    def next_epoch(self):
+        """Begin the next epoch."""
+        self.epoch, self.step, self.seconds, self.epoch_sample = self.epoch + 1, 0, 0.0, None
+        self.epoch_means = RunningMeans()
+
+
+OF_EACH_RANK = "sampler", "pool"
+
+
+def packed(value):
+    """Return a copy of a field's value, made of plain types and tensors."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    return copy.deepcopy(value.state_dict() if hasattr(value, "state_dict") else value)
+
+
+def unpacked(own, saved, device):
+    """Return a field's value from what `packed` made of it; an object's state is loaded into `own`."""
+    if isinstance(own, torch.Generator):
+        own.set_state(saved)
+    elif hasattr(own, "load_state_dict"):
+        if saved is not None:
+            own.load_state_dict(saved)
+    else:
+        return to_device(copy.deepcopy(saved), device)
+    return own
+
+
+def to_device(value, device):
+    """Return a value, or a dict of them, with its tensors on a device."""
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value.to(device) if torch.is_tensor(value) else value
+
+
+def capture(model):
+    """Return everything that decides the rest of a run, as plain types and tensors."""
+    state, device = model.state, model.device
+    state.share_done = share_done(model)
+    of_this_rank = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        **{name: packed(getattr(state, name)) for name in OF_EACH_RANK},
+    }
+    return {
+        "weights": network_state(model), "optimizer": copy.deepcopy(model.optim.state_dict()),
+        "scheduler": model.scheduler.state_dict(), "scaler": model.scaler.state_dict(),
+        "precision": model.precision, "device": device.type,
+        "state": {f.name: packed(getattr(state, f.name)) for f in fields(state) if f.name not in OF_EACH_RANK},
+        "ranks": distributed.gather(of_this_rank),
+    }
+
+
+def restore(model, saved):
+    """Bring a model to where `capture` was called; flags may differ from those of that run."""
+    state, device = model.state, model.device
+    load_network_state(model, saved["weights"])
+    load_optimizer(model, saved["optimizer"])
+    for group, before in zip(model.optim.param_groups, saved["optimizer"]["param_groups"]):
+        group.update(lr=before["lr"], initial_lr=before["initial_lr"])
+    model.scheduler.load_state_dict(saved["scheduler"])
+    if saved["scaler"]:  # empty where nothing was scaled
+        model.scaler.load_state_dict(saved["scaler"])
+
+    found = dict(saved["state"])
+    if state.average is None or found["average"] is None:  # --ema as this command has it
+        found["average"] = state.average
+    rank = distributed.rank()
+    of_this_rank = saved["ranks"][rank] if rank < len(saved["ranks"]) else None  # else a rank that the run did not have
+    for name, value in [*found.items(), *((n, of_this_rank[n]) for n in OF_EACH_RANK if of_this_rank)]:
+        setattr(state, name, unpacked(getattr(state, name), value, device))
+    model.kl_annealing.current_epoch = state.epoch
+    if of_this_rank:
+        torch.set_rng_state(of_this_rank["torch"])
+        if of_this_rank["cuda"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(of_this_rank["cuda"], device)
+
+
+def restore_checkpoint(model, saved, path):
+    """`restore`, from the checkpoint at `path`. UserError where its state is another version's."""
+    try:
+        restore(model, saved)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--ckpt_path {path}: its training state is not one of this version ({type(error).__name__}: "
+                        f"{error}); expected a run of this version") from None
+
+
+def load_optimizer(model, optimizer):
+    """Take the state from an optimizer's state_dict, or none where the optimizer was of another kind.
+
+    Settings and memory layout stay the model's.
+    """
+    parameters = list(model.parameters())
+    squared = [not (model.args.optim == "Muon" and is_matrix(p)) for p in parameters]
+    state = copy.deepcopy(optimizer["state"]) if optimizer_fits(optimizer, parameters, squared) else {}
+    model.optim.load_state_dict({**model.optim.state_dict(), "state": state})
+    for parameter, own in model.optim.state.items():
+        for name in own.keys() & {"exp_avg", "exp_avg_sq"}:  # the fused kernels take both for laid out alike
+            own[name] = torch.empty_like(parameter).copy_(own[name])
+
+
+def take_settings(model, loaded):
+    """Take from a checkpoint, as `read_checkpoint` returns it, what says where training stands.
+
+    Sets args.lr, tfr, current_epoch (the one after the checkpoint's last), kl_annealing and the
+    optimizer; and session.saved, from which a training stage resumes, where the run is ours.
+    """
+    args, session = model.args, model.session
+    for name in ("state", "optim", "scheduler", "scaler"):  # of a stage before this
+        model.__dict__.pop(name, None)
+    session.lr = args.lr
+    if "lr" not in args.given:
+        args.lr = loaded["lr"] or args.lr
+    model.tfr = args.tfr if loaded["tfr"] is None else loaded["tfr"]
+    model.current_epoch = 0 if loaded["last_epoch"] is None else loaded["last_epoch"] + 1
+    model.kl_annealing.current_epoch = model.current_epoch
+
+    saved = loaded.get("resume")  # anything in a third-party checkpoint
+    ours = isinstance(saved, dict) and {"state", "ranks", "num_epoch"} <= saved.keys()
+    # lr is the schedule's peak in ours, in a third-party checkpoint the last epoch's
+    factor = 1 if ours else learning_rate_factor(args, model.current_epoch, 0)
+    model.scheduler.base_lrs = [session.lr if args.schedule == "cosine" else args.lr / factor]
+    for group, peak in zip(model.optim.param_groups, model.scheduler.base_lrs):
+        group["lr"] = peak * learning_rate_factor(args, model.current_epoch, WARM_UP)
+    load_optimizer(model, loaded["optimizer"])
+    if ours:
+        weights = loaded.get("train_state_dict", loaded["state_dict"])
+        session.saved = {**saved, "weights": weights, "optimizer": loaded["optimizer"]}
+
+
+def load_member(kind, args, path):
+    """Return a model of a class with the weights of a further checkpoint of an ensemble.
+
+    Sizes and output activation are the checkpoint's. UserError where its frames have another shape.
+    """
+    loaded = read_checkpoint(path)
+    settings = {**kind.flags().accept(loaded.get("args"), path), **sizes(loaded)}
+    for name in ("frame_H", "frame_W"):
+        if settings.get(name, getattr(args, name)) != getattr(args, name):
+            raise UserError(f"--ckpt_path {path}: its --{name} is {settings[name]}; expected "
+                            f"{getattr(args, name)}, as the first checkpoint has")
+    names = settings.keys() & {"F_dim", "L_dim", "N_dim", "D_out_dim", "output"}
+    own = {name: settings[name] for name in names}
+    member = kind(Namespace(**{**vars(args), **own}))
+    load_weights(member, loaded["state_dict"], path)
+    return member
