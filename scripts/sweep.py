@@ -404,11 +404,13 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
 
 
 def tell_failed(failed, out):
-    """Print a line for each run that failed; failed: {name: exit status}. Returns the exit status."""
+    """Print a line for each run of {name: exit status}, those that failed. Return the status."""
     for name, status in failed.items():
         log = out / name / "train.log"
-        print(f"{name} failed with status {status}: {last_line(log)} (all of it: {log})",
-              file=sys.stderr)
+        print(
+            f"{name} failed with status {status}: {last_line(log)} (all of it: {log})",
+            file=sys.stderr,
+        )
     return 2 if set(failed.values()) == {2} else 1
 
 
@@ -431,8 +433,16 @@ def sweep(kind, args, flags, out):
     runs = {}
     for name, turned in RUNS[kind](args).items():
         words = [word for flag, value in turned.items() for word in (f"--{flag}", str(value))]
-        runs[name] = ["Trainer.py", "--DR", args.data, "--save_root", str(out / name), "--resume",
-                      *words, *common]
+        runs[name] = [
+            "Trainer.py",
+            "--DR",
+            args.data,
+            "--save_root",
+            str(out / name),
+            "--resume",
+            *words,
+            *common,
+        ]
     stop = Stop()
     failed = train_all(runs, out, args.jobs, args.num_epoch, record, stop)
     if stop.signals:
@@ -450,8 +460,9 @@ def main():
         with locked(out, "OUT", "sweep"):
             failed, status = sweep(kind, args, flags, out)
     except OSError as error:
-        raise UserError(f"OUT {out}: {error.strerror or error}; "
-                        f"expected a folder that can be written") from None
+        raise UserError(
+            f"OUT {out}: {error.strerror or error}; expected a folder that can be written"
+        ) from None
     return tell_failed(failed, out) if failed else status
 
 

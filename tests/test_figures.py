@@ -18,13 +18,27 @@ import plot_runs  # noqa: E402
 import run_folders  # noqa: E402
 
 HISTORY = ",".join(logger.HISTORY)
-FIGURES = ["loss_curves", "loss_parts", "beta_schedules", "teacher_forcing", "teacher_forcing_losses", "val_psnr",
-           "psnr_per_frame", "psnr_summary"]
+FIGURES = [
+    "loss_curves",
+    "loss_parts",
+    "beta_schedules",
+    "teacher_forcing",
+    "teacher_forcing_losses",
+    "val_psnr",
+    "psnr_per_frame",
+    "psnr_summary",
+]
 
 
 def command(script, *words, cwd=None, **env):
-    return subprocess.run([sys.executable, ROOT / "scripts" / script, *map(str, words)], cwd=cwd, text=True,
-                          capture_output=True, timeout=300, env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, *map(str, words)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, **env},
+    )
 
 
 def refused(result, *words):
@@ -35,12 +49,17 @@ def refused(result, *words):
 
 
 def test_three_runs_give_every_figure(tmp_path):
-    runs = [make_run(tmp_path / kind, kind, epochs=12, frames=80) for kind in ("Cyclical", "Monotonic", "None")]
+    runs = [
+        make_run(tmp_path / kind, kind, epochs=12, frames=80)
+        for kind in ("Cyclical", "Monotonic", "None")
+    ]
     result = command("plot_runs.py", *runs, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr.lower()
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert names == sorted([f"{f}.{kind}" for f in FIGURES for kind in ("png", "pdf")] + ["psnr_summary.csv"])
+    assert names == sorted(
+        [f"{f}.{kind}" for f in FIGURES for kind in ("png", "pdf")] + ["psnr_summary.csv"]
+    )
     for figure in FIGURES:
         assert Image.open(tmp_path / "out" / f"{figure}.png").width > 500
         assert (tmp_path / "out" / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
@@ -50,10 +69,23 @@ def test_summary_repeats_the_numbers_of_the_run(tmp_path):
     run = make_run(tmp_path / "a", epochs=3, frames=4)
     (run / "psnr_per_frame.csv").write_text("frame,psnr\n1,30\n2,20\n3,25\n4,21\n")
     assert command("plot_runs.py", run, "-o", tmp_path / "out").returncode == 0
-    row, = csv.DictReader((tmp_path / "out" / "psnr_summary.csv").open())
-    best = max(csv.DictReader((run / "history.csv").open()), key=lambda r: float(r["val_psnr_mean"]))["epoch"]
-    assert row == {"run": "a", "epochs": "3", "best_epoch": best, "psnr_mean": "24.0", "psnr_median": "23.0", "psnr_first": "30.0",
-                   "psnr_last": "21.0", "psnr_min": "20.0", "psnr_min_frame": "2", "psnr_max": "30.0", "psnr_max_frame": "1"}
+    (row,) = csv.DictReader((tmp_path / "out" / "psnr_summary.csv").open())
+    best = max(
+        csv.DictReader((run / "history.csv").open()), key=lambda r: float(r["val_psnr_mean"])
+    )["epoch"]
+    assert row == {
+        "run": "a",
+        "epochs": "3",
+        "best_epoch": best,
+        "psnr_mean": "24.0",
+        "psnr_median": "23.0",
+        "psnr_first": "30.0",
+        "psnr_last": "21.0",
+        "psnr_min": "20.0",
+        "psnr_min_frame": "2",
+        "psnr_max": "30.0",
+        "psnr_max_frame": "1",
+    }
 
 
 def test_the_best_epoch_is_the_one_whose_files_are_there(tmp_path):
@@ -65,13 +97,16 @@ def test_the_best_epoch_is_the_one_whose_files_are_there(tmp_path):
         row[header.index("val_psnr_mean")] = mean
     (run / "history.csv").write_text("\n".join(map(",".join, [header, *rows])) + "\n")
     assert command("plot_runs.py", run, "-o", tmp_path / "out").returncode == 0
-    row, = csv.DictReader((tmp_path / "out" / "psnr_summary.csv").open())
+    (row,) = csv.DictReader((tmp_path / "out" / "psnr_summary.csv").open())
     assert row["best_epoch"] == "2"
 
 
 @pytest.mark.parametrize("count, epochs", [(1, 1), (6, 2)])
 def test_few_epochs_and_many_runs(tmp_path, count, epochs):
-    runs = [make_run(tmp_path / f"{'_$x_' if i == 0 else 'run'}{i}", "None", epochs=epochs, frames=3) for i in range(count)]
+    runs = [
+        make_run(tmp_path / f"{'_$x_' if i == 0 else 'run'}{i}", "None", epochs=epochs, frames=3)
+        for i in range(count)
+    ]
     result = command("plot_runs.py", *runs, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr.lower()
@@ -93,7 +128,9 @@ def drawn(name, *folders):
 
 
 def words(figure):
-    return " ".join(" ".join(text.get_text() for ax in figure.axes for text in [ax.title, *ax.texts]).split())
+    return " ".join(
+        " ".join(text.get_text() for ax in figure.axes for text in [ax.title, *ax.texts]).split()
+    )
 
 
 def test_values_that_are_not_finite_are_named_in_the_figure(tmp_path):
@@ -112,14 +149,20 @@ def test_curves_are_those_of_steps_csv(tmp_path):
     run, old = make_run(tmp_path / "a", epochs=4), make_run(tmp_path / "b", epochs=4, steps=False)
     steps = run_folders.read_table(run / "steps.csv", logger.STEPS)
     beta = drawn("beta_schedules", run).axes[0].lines[0]
-    assert np.array_equal(beta.get_xdata(), steps["epoch"]) and np.array_equal(beta.get_ydata(), steps["beta"])
+    assert np.array_equal(beta.get_xdata(), steps["epoch"]) and np.array_equal(
+        beta.get_ydata(), steps["beta"]
+    )
     assert len(drawn("beta_schedules", old).axes[0].lines[0].get_xdata()) == 4
     loss = drawn("loss_curves", run).axes[0].lines
     assert np.array_equal(loss[0].get_ydata(), steps["loss"])
-    assert np.allclose(loss[1].get_xdata(), [0.5, 1.5, 2.5, 3.5])  # means in the middle of their epochs
+    assert np.allclose(
+        loss[1].get_xdata(), [0.5, 1.5, 2.5, 3.5]
+    )  # means in the middle of their epochs
 
 
-@pytest.mark.parametrize("recipe, weight, name", [("pool", 1e-4, "log-MSE"), ("template", 1, "MSE")])
+@pytest.mark.parametrize(
+    "recipe, weight, name", [("pool", 1e-4, "log-MSE"), ("template", 1, "MSE")]
+)
 def test_total_is_the_sum_of_what_the_panels_show(tmp_path, recipe, weight, name):
     run = make_run(tmp_path / "a", epochs=6, recipe=recipe, kl_weight=weight)
     figure = drawn("loss_curves", run)
@@ -136,7 +179,9 @@ def test_without_annealing_is_called_so(tmp_path):
     runs = [make_run(tmp_path / kind, kind, epochs=8) for kind in ("Cyclical", "None")]
     for name in ("loss_curves", "loss_parts"):
         figure = drawn(name, *runs)
-        names = [t.get_text() for t in figure.legends[0].get_texts()] + [ax.get_title(loc="left") for ax in figure.axes]
+        names = [t.get_text() for t in figure.legends[0].get_texts()] + [
+            ax.get_title(loc="left") for ax in figure.axes
+        ]
         assert "w/o annealing (beta = 1)" in names and "None" not in names
 
 
@@ -145,7 +190,9 @@ def test_ratio_forced_share_and_loss_stand_on_one_axis(tmp_path):
     top, bottom = drawn("teacher_forcing", run).axes
     assert top.get_shared_x_axes().joined(top, bottom)
     ratio = next(line for line in top.lines if line.get_label() == "ratio").get_ydata()
-    share = next(line for line in top.lines if line.get_label() == "share that was forced").get_ydata()
+    share = next(
+        line for line in top.lines if line.get_label() == "share that was forced"
+    ).get_ydata()
     assert ratio[0] == 1 and ratio[-1] == 0 and np.abs(ratio - share).max() < 0.5
     assert {"total loss", "reconstruction"} <= {line.get_label() for line in bottom.lines}
 
@@ -180,7 +227,10 @@ def test_a_spike_stays_inside_the_axis(tmp_path):
     figure = drawn("loss_curves", run)
     for ax in figure.axes:
         for line in ax.lines:
-            assert ax.get_ylim()[0] <= line.get_ydata().min() and line.get_ydata().max() <= ax.get_ylim()[1]
+            assert (
+                ax.get_ylim()[0] <= line.get_ydata().min()
+                and line.get_ydata().max() <= ax.get_ylim()[1]
+            )
 
 
 def test_user_errors_are_one_line_and_write_nothing(tmp_path):
@@ -194,17 +244,20 @@ def test_user_errors_are_one_line_and_write_nothing(tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("file, text, word", [
-    ("history.csv", "", "is empty"),
-    ("history.csv", HISTORY + "\n", "no rows"),
-    ("history.csv", "epoch,lr\n0,1\n", "train_loss"),
-    ("history.csv", HISTORY + "\n0,1,1\n", "line 2: 3 values, expected 17"),
-    ("history.csv", HISTORY + "\n0,1,x" + ",1" * 14 + "\n", "line 2"),
-    ("history.csv", HISTORY + ("\n0" + ",1" * 16) * 2, "count upwards"),
-    ("steps.csv", "step,epoch\n1,0.1\n", "reconstruction"),
-    ("psnr_per_frame.csv", "frame,psnr\n1,30\n2\n", "line 3"),
-    ("psnr_per_frame.csv", "\0\xff", "psnr_per_frame.csv"),
-])
+@pytest.mark.parametrize(
+    "file, text, word",
+    [
+        ("history.csv", "", "is empty"),
+        ("history.csv", HISTORY + "\n", "no rows"),
+        ("history.csv", "epoch,lr\n0,1\n", "train_loss"),
+        ("history.csv", HISTORY + "\n0,1,1\n", "line 2: 3 values, expected 17"),
+        ("history.csv", HISTORY + "\n0,1,x" + ",1" * 14 + "\n", "line 2"),
+        ("history.csv", HISTORY + ("\n0" + ",1" * 16) * 2, "count upwards"),
+        ("steps.csv", "step,epoch\n1,0.1\n", "reconstruction"),
+        ("psnr_per_frame.csv", "frame,psnr\n1,30\n2\n", "line 3"),
+        ("psnr_per_frame.csv", "\0\xff", "psnr_per_frame.csv"),
+    ],
+)
 def test_malformed_files(tmp_path, file, text, word):
     run = make_run(tmp_path / "a", epochs=2, frames=3)
     (run / file).write_bytes(text.encode("latin1"))
