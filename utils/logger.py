@@ -13,6 +13,7 @@ from PIL import Image, ImageSequence
 from utils import distributed
 from utils.cli import UserError, catching_signals, progress, say, stop
 from utils.files import MARK, HISTORY, STEPS, atomic, make_folder, optional, output_folder, write_csv
+from utils.options import unlike_template
 from utils.schedules import teacher_forcing_ratio
 
 STEP_ROWS = 2000  # of steps.csv in a run, at most
@@ -181,6 +182,7 @@ def print_start(model):
     window = f" (--train_vi_len {args.train_vi_len}: a step predicts {args.train_vi_len - 1} frames of each rollout)"
     say(f"{args.device}, {model.picked_precision[1]}; {state.train_frames} training frames{clips}, "
         f"{model.steps_in(state.epoch)} steps an epoch" + window * bool(args.pool and args.train_vi_len > 2))
+    say(f"unlike the template: {unlike_template(args) or 'nothing'}")
     lowest = teacher_forcing_ratio(args, args.num_epoch)
     if args.pool and lowest > 0.5 and {"tfr", "tfr_sde", "tfr_d_step"}.isdisjoint(args.given):
         seventh = max(1, round(args.num_epoch / 7))
