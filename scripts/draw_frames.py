@@ -1,7 +1,7 @@
-"""Draw chosen frames of a validation rollout, pose, prediction and ground truth one above the other, as one PNG.
+"""Draw chosen frames of a validation rollout as one PNG: pose, prediction, ground truth.
 
-    python scripts/draw_frames.py ckpt/val_pred.gif -o rollout.png
-    python scripts/draw_frames.py ckpt/val_pred.gif -o rollout.png --frames 1 100 300 629 --scale 4
+python scripts/draw_frames.py ckpt/val_pred.gif -o rollout.png
+python scripts/draw_frames.py ckpt/val_pred.gif -o rollout.png --frames 1 100 300 629 --scale 4
 """
 
 import sys
@@ -16,15 +16,22 @@ from utils.files import atomic  # noqa: E402
 
 
 def draw(rollout, frames, scale, path):
-    """rollout: uint8 (frames, H, 3 * W, 3), pose | prediction | ground truth; frames: numbers from 1."""
+    """Draw a PNG.
+
+    rollout: uint8 (frames, H, 3 * W, 3), pose | prediction | truth; frames: numbers from 1.
+    """
     height, width = rollout.shape[1], rollout.shape[2] // 3
     inch = scale / 100  # of a pixel of the frame
-    figure = new_figure(len(frames) * width * inch + 0.8, 3 * height * inch + 0.5, layout="constrained")
+    figure = new_figure(
+        len(frames) * width * inch + 0.8, 3 * height * inch + 0.5, layout="constrained"
+    )
     axes = figure.subplots(3, len(frames), squeeze=False)
     for column, frame in enumerate(frames):
         for row, name in enumerate(("pose", "prediction", "truth")):
             ax = axes[row, column]
-            ax.imshow(rollout[frame - 1, :, row * width:(row + 1) * width], interpolation="nearest")
+            ax.imshow(
+                rollout[frame - 1, :, row * width : (row + 1) * width], interpolation="nearest"
+            )
             ax.set(xticks=[], yticks=[])
             if row == 0:
                 ax.set_title(f"frame {frame}", fontsize=9)
@@ -38,8 +45,16 @@ def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("gif", metavar="GIF", type=Path, help="val_pred.gif of a run")
     parser.add_argument("-o", required=True, type=Path, metavar="PNG", help="picture to write")
-    parser.add_argument("--frames", type=number(int, 1), nargs="+", default=[1, 100, 300, 629], help="frames to draw, from 1")
-    parser.add_argument("--scale", type=number(int, 1, 20), default=4, help="size of a pixel of the frame")
+    parser.add_argument(
+        "--frames",
+        type=number(int, 1),
+        nargs="+",
+        default=[1, 100, 300, 629],
+        help="frames to draw, from 1",
+    )
+    parser.add_argument(
+        "--scale", type=number(int, 1, 20), default=4, help="size of a pixel of the frame"
+    )
     args = parser.parse_args()
     rollout = read_rollout(args.gif)
     if rollout is None:

@@ -3,8 +3,8 @@
 
     python scripts/make_report.py ckpt -o report
     python scripts/make_report.py --best ckpt --kl runs_kl/{Cyclical,Monotonic,None} \\
-        --tfr runs_tfr/{always,decay_late,decay_early,never} -o report --student_id 313553009 --name
-        林于翔
+        --tfr runs_tfr/{always,decay_late,decay_early,never} \\
+        -o report --student_id 313553009 --name 林于翔
 
 A RUN is a folder that Trainer.py wrote (its --save_root); one run may serve several sections.
 Sections are the assignment's rubric: --kl has the runs of C.ii (loss curves), --tfr those of C.i
@@ -52,7 +52,7 @@ from utils.cli import Parser, UserError, run  # noqa: E402
 from utils.files import make_folder  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("Trainer.py", "Tester.py", "modules/modules.py", "utils/*.py")
+SOURCES = ("Trainer.py", "Tester.py", "dataloader.py", "modules/modules.py", "utils/*.py")
 TITLE = "Lab 4: Conditional VAE for Video Prediction"
 # what report.html may weigh; above it, frames are stored with loss, and the page says so
 PAGE_BYTES = 9_500_000
@@ -298,9 +298,8 @@ def add_protocol(b, s):
         "frame is -10 log10 of its mean squared error; the score of a rollout is the mean over "
         "its frames.",
     )
-    b.code(
-        "VAE_Model.training_one_step", "VAE_Model.forward", "VAE_Model.rollout", "Test_model.eval"
-    )
+    b.code("VAE_Model.training_one_step", "VAE_Model.forward", "VAE_Model.loss_terms")
+    b.code("VAE_Model.rollout", "VAE_Model.rollout_block", "Test_model.eval")
     b.analysis("B.i")
 
 
@@ -333,7 +332,9 @@ def add_tricks(b, s):
         ),
     )
     b.add("table", forcing_table([s.best]))
-    b.code("teacher_forcing_ratio", "VAE_Model.toss", *["RolloutPool.draw"] * pool)
+    b.code(
+        "teacher_forcing_ratio", "VAE_Model.sample_teacher_forcing", *["RolloutPool.draw"] * pool
+    )
     b.analysis("B.iii")
 
     b.add("h3", "B.iv How do you set your kl annealing ratio (5%)")

@@ -150,9 +150,11 @@ def draw_quantity(ax, runs, quantity, name=lambda r: label(r.label)):
 
 
 def note(ax, text):
-    """A line in small print under the axis."""
+    """Lines in small print under the axis, no wider than its panel: the layout gives them room."""
+    columns = ax.get_subplotspec().get_gridspec().ncols
+    room = max(24, int(15 * ax.figure.get_figwidth() / columns) - 8)
     ax.annotate(
-        text,
+        textwrap.fill(text, room),
         (0, 0),
         (0, -30),
         xycoords="axes fraction",

@@ -212,7 +212,7 @@ def player_data(runs, layouts, sheets):
             psnr = None
             if r.psnr is not None:
                 known = zip(r.psnr["frame"], r.psnr["psnr"])
-                psnr = {str(int(f)): round(float(p), 3) for f, p in known if math.isfinite(p)}
+                psnr = {str(int(f)): round(float(p), 2) for f, p in known if math.isfinite(p)}
             entries.append(
                 dict(layouts[r.name], name=r.label, psnr=psnr, colour=STYLES[i % len(STYLES)][0])
             )

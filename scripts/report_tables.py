@@ -243,6 +243,17 @@ def loss_table(runs):
     return rows
 
 
+def place(epoch):
+    """A decimal epoch as people write it."""
+    return DASH if epoch is None else f"{epoch:.2f}"
+
+
+def near(run, epoch):
+    """The reconstruction of a run at a decimal epoch, as text."""
+    x, part = by_step(run, "reconstruction")
+    return fmt(None if epoch is None else float(part[np.abs(x - epoch).argmin()]))
+
+
 def forcing_table(runs):
     """The teacher forcing that was in force, and the reconstruction around its drop."""
     rows = [
@@ -262,21 +273,19 @@ def forcing_table(runs):
     ]
     for r in runs:
         x, ratio = by_step(r, "tfr")
-        part_x, part = by_step(r, "reconstruction")
         below, lowest = ratio < ratio[0] - 1e-6, ratio <= ratio.min() + 1e-6
         drops = below.any()
         begin, end = (int(below.argmax()), int(lowest.argmax())) if drops else (None, None)
-        near = lambda at: fmt(None if at is None else float(part[np.abs(part_x - x[at]).argmin()]))
-        place = lambda at: DASH if at is None else f"{x[at]:.2f}"
+        begin_at, end_at = (None if at is None else float(x[at]) for at in (begin, end))
         share = float(np.mean(by_step(r, "tf_share")[1]))
         rows.append(
             [
                 r.label,
                 *(fmt(float(v), 3) for v in (ratio[0], ratio.min(), ratio.mean(), share)),
-                place(begin),
-                place(end),
-                near(begin),
-                near(end),
+                place(begin_at),
+                place(end_at),
+                near(r, begin_at),
+                near(r, end_at),
                 fmt(r.history["train_reconstruction"][-1]),
                 best_psnr(r),
             ]

@@ -413,8 +413,10 @@ def tell_failed(failed, out):
     """Print a line for each run that failed, {name: exit status}. Returns the exit status."""
     for name, status in failed.items():
         log = out / name / "train.log"
-        print(f"{name} failed with status {status}: {last_line(log)} (all of it: {log})",
-              file=sys.stderr)
+        print(
+            f"{name} failed with status {status}: {last_line(log)} (all of it: {log})",
+            file=sys.stderr,
+        )
     return 2 if set(failed.values()) == {2} else 1
 
 
@@ -437,8 +439,16 @@ def sweep(kind, args, flags, out):
     runs = {}
     for name, turned in RUNS[kind](args).items():
         words = [word for flag, value in turned.items() for word in (f"--{flag}", str(value))]
-        runs[name] = ["Trainer.py", "--DR", args.data, "--save_root", str(out / name), "--resume",
-                      *words, *common]
+        runs[name] = [
+            "Trainer.py",
+            "--DR",
+            args.data,
+            "--save_root",
+            str(out / name),
+            "--resume",
+            *words,
+            *common,
+        ]
     stop = Stop()
     failed = train_all(runs, out, args.jobs, args.num_epoch, record, stop)
     if stop.signals:
@@ -456,8 +466,9 @@ def main():
         with locked(out, "OUT", "sweep"):
             failed, status = sweep(kind, args, flags, out)
     except OSError as error:
-        raise UserError(f"OUT {out}: {error.strerror or error}; "
-                        f"expected a folder that can be written") from None
+        raise UserError(
+            f"OUT {out}: {error.strerror or error}; expected a folder that can be written"
+        ) from None
     return tell_failed(failed, out) if failed else status
 
 

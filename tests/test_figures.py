@@ -1,73 +1,44 @@
 """scripts/plot_runs.py through its command line, on small made-up run folders."""
 
 import csv
-import math
 import os
-import random
 import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from conftest import ROOT
+from made_up import make_run
+from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-HISTORY = ("epoch,lr,tfr,tf_share,beta,train_loss,train_mse,train_kl,val_mse,val_psnr_mean,val_psnr_min,val_psnr_last,"
-           "skipped_steps,seconds,frames_per_second")
-FIGURES = ["loss_curves", "beta_schedules", "teacher_forcing", "val_psnr", "psnr_per_frame", "psnr_summary"]
+from utils import logger
 
+sys.path.insert(0, str(ROOT / "scripts"))
+import plot_runs  # noqa: E402
+import run_folders  # noqa: E402
 
-def beta_of(kind, epoch, epochs):
-    cycle = max(1, epochs // 10) if kind == "Cyclical" else max(2, epochs)
-    return 1.0 if kind == "None" else min(1.0, (epoch % cycle) / max(1, cycle - 1))
-
-
-def make_run(path, kind="Cyclical", epochs=70, frames=629, tfr=(1.0, 10, 0.1), gif=False, psnr=True):
-    """A run folder as Trainer.py leaves it, without checkpoints. Its numbers are drawn from a formula, no training behind them."""
-    path.mkdir(parents=True, exist_ok=True)
-    noise = random.Random(str(path.name))
-    rows = []
-    for e in range(epochs):
-        ratio = max(0, tfr[0] - tfr[2] * max(0, e - tfr[1] + 1))
-        beta = beta_of(kind, e, epochs)
-        mse = 0.004 + 0.05 * math.exp(-e / 6) + 0.01 * (1 - ratio) * math.exp(-max(0, e - 15) / 20) + 0.0004 * noise.random()
-        kl = (3 if beta else 60) * (0.5 + math.exp(-e / 12)) * (1 + 0.1 * noise.random()) / (0.2 + beta)
-        spike = 400 if kind == "None" and e == 7 else 1
-        psnr_mean = 24 - 12 * math.exp(-e / 14) + noise.random()
-        rows.append([e, 0.001, ratio, min(1, max(0, ratio + (noise.random() - 0.5) * 0.1 * (0 < ratio < 1))), beta,
-                     spike * (mse + 1e-4 * beta * kl), spike * mse, spike * kl, 10 ** (-psnr_mean / 10), psnr_mean,
-                     psnr_mean - 6, psnr_mean - 2, 0, 60.0, 300.0])
-    (path / "history.csv").write_text("\n".join([HISTORY, *(",".join(f"{x:.8g}" for x in row) for row in rows)]) + "\n")
-    values = [22 + 12 * math.exp(-f / 9) + 2 * math.sin(f / 40) + noise.gauss(0, 0.5) for f in range(1, frames + 1)]
-    if psnr:
-        (path / "psnr_per_frame.csv").write_text("frame,psnr\n" + "".join(f"{i},{p:.6f}\n" for i, p in enumerate(values, 1)))
-    if gif:
-        make_gif(path / "val_pred.gif", frames + 1)
-    return path
-
-
-def made_up_frame(t, size=(64, 32)):
-    """Pose, prediction and ground truth side by side; frames 3k and 3k + 1 are equal, so that Pillow merges them."""
-    w, h = size
-    picture = Image.new("RGB", (3 * w, h), "black")
-    draw = ImageDraw.Draw(picture)
-    x = (t - (t % 3 == 1)) % w
-    draw.line([(x, 4), (x, 26)], fill=(255, 200, 0), width=2)
-    draw.rectangle([w, 0, 2 * w - 1, h], fill=(60, 90, 160))
-    draw.ellipse([w + x - 5, 8, w + x + 5, 26], fill=(220, 180, 150))
-    draw.rectangle([2 * w, 0, 3 * w, h], fill=(50, 80, 170))
-    draw.ellipse([2 * w + x - 5, 6, 2 * w + x + 5, 27], fill=(230, 190, 150))
-    return picture
-
-
-def make_gif(path, ticks):
-    frames = [made_up_frame(t) for t in range(ticks)]
-    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=40, loop=0)
+HISTORY = ",".join(logger.HISTORY)
+FIGURES = [
+    "loss_curves",
+    "loss_parts",
+    "beta_schedules",
+    "teacher_forcing",
+    "teacher_forcing_losses",
+    "val_psnr",
+    "psnr_per_frame",
+    "psnr_summary",
+]
 
 
 def command(script, *words, cwd=None, **env):
-    return subprocess.run([sys.executable, ROOT / "scripts" / script, *map(str, words)], cwd=cwd, text=True,
-                          capture_output=True, timeout=300, env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, *map(str, words)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, **env},
+    )
 
 
 def refused(result, *words):
@@ -78,12 +49,17 @@ def refused(result, *words):
 
 
 def test_three_runs_give_every_figure(tmp_path):
-    runs = [make_run(tmp_path / kind, kind, epochs=12, frames=80) for kind in ("Cyclical", "Monotonic", "None")]
+    runs = [
+        make_run(tmp_path / kind, kind, epochs=12, frames=80)
+        for kind in ("Cyclical", "Monotonic", "None")
+    ]
     result = command("plot_runs.py", *runs, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr.lower()
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert names == sorted([f"{f}.{kind}" for f in FIGURES for kind in ("png", "pdf")] + ["psnr_summary.csv"])
+    assert names == sorted(
+        [f"{f}.{kind}" for f in FIGURES for kind in ("png", "pdf")] + ["psnr_summary.csv"]
+    )
     for figure in FIGURES:
         assert Image.open(tmp_path / "out" / f"{figure}.png").width > 500
         assert (tmp_path / "out" / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
@@ -93,10 +69,23 @@ def test_summary_repeats_the_numbers_of_the_run(tmp_path):
     run = make_run(tmp_path / "a", epochs=3, frames=4)
     (run / "psnr_per_frame.csv").write_text("frame,psnr\n1,30\n2,20\n3,25\n4,21\n")
     assert command("plot_runs.py", run, "-o", tmp_path / "out").returncode == 0
-    row, = csv.DictReader((tmp_path / "out" / "psnr_summary.csv").open())
-    best = max(csv.DictReader((run / "history.csv").open()), key=lambda r: float(r["val_psnr_mean"]))["epoch"]
-    assert row == {"run": "a", "epochs": "3", "best_epoch": best, "psnr_mean": "24.0", "psnr_median": "23.0", "psnr_first": "30.0",
-                   "psnr_last": "21.0", "psnr_min": "20.0", "psnr_min_frame": "2", "psnr_max": "30.0", "psnr_max_frame": "1"}
+    (row,) = csv.DictReader((tmp_path / "out" / "psnr_summary.csv").open())
+    best = max(
+        csv.DictReader((run / "history.csv").open()), key=lambda r: float(r["val_psnr_mean"])
+    )["epoch"]
+    assert row == {
+        "run": "a",
+        "epochs": "3",
+        "best_epoch": best,
+        "psnr_mean": "24.0",
+        "psnr_median": "23.0",
+        "psnr_first": "30.0",
+        "psnr_last": "21.0",
+        "psnr_min": "20.0",
+        "psnr_min_frame": "2",
+        "psnr_max": "30.0",
+        "psnr_max_frame": "1",
+    }
 
 
 def test_the_best_epoch_is_the_one_whose_files_are_there(tmp_path):
@@ -108,13 +97,16 @@ def test_the_best_epoch_is_the_one_whose_files_are_there(tmp_path):
         row[header.index("val_psnr_mean")] = mean
     (run / "history.csv").write_text("\n".join(map(",".join, [header, *rows])) + "\n")
     assert command("plot_runs.py", run, "-o", tmp_path / "out").returncode == 0
-    row, = csv.DictReader((tmp_path / "out" / "psnr_summary.csv").open())
+    (row,) = csv.DictReader((tmp_path / "out" / "psnr_summary.csv").open())
     assert row["best_epoch"] == "2"
 
 
 @pytest.mark.parametrize("count, epochs", [(1, 1), (6, 2)])
 def test_few_epochs_and_many_runs(tmp_path, count, epochs):
-    runs = [make_run(tmp_path / f"{'_$x_' if i == 0 else 'run'}{i}", "None", epochs=epochs, frames=3) for i in range(count)]
+    runs = [
+        make_run(tmp_path / f"{'_$x_' if i == 0 else 'run'}{i}", "None", epochs=epochs, frames=3)
+        for i in range(count)
+    ]
     result = command("plot_runs.py", *runs, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr.lower()
@@ -129,30 +121,116 @@ def test_a_figure_without_data_is_left_out_and_said(tmp_path):
     assert (tmp_path / "out" / "loss_curves.png").exists()
 
 
+def drawn(name, *folders):
+    """A figure of run folders, as matplotlib has it."""
+    figure, _ = plot_runs.make_figure(getattr(plot_runs, name), run_folders.load_runs(folders))
+    return figure
+
+
+def words(figure):
+    return " ".join(
+        " ".join(text.get_text() for ax in figure.axes for text in [ax.title, *ax.texts]).split()
+    )
+
+
 def test_values_that_are_not_finite_are_named_in_the_figure(tmp_path):
     """The PDF's text is compressed, so the figure is asked through the module."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import plot_runs
     run = make_run(tmp_path / "a", "None", epochs=12, frames=30)
-    lines = (run / "history.csv").read_text().splitlines()
-    cells = lines[5].split(",")
-    cells[5], cells[9] = "nan", "-300"
-    (run / "history.csv").write_text("\n".join([*lines[:5], ",".join(cells), *lines[6:]]))
-    runs = plot_runs.load_runs([run])
-    words = {name: " ".join(t.get_text() for ax in figure.axes for t in ax.texts) for name, figure in plot_runs.make_figures(runs)[0].items()}
-    plot_runs.plt.close("all")
-    assert "Not finite, so not drawn: a 4" in words["loss_curves"]
-    assert "Axis cut: 1 value lies below it (triangles); lowest -300.0 dB, a, epoch 4" in words["val_psnr"]
+    header, *rows = [line.split(",") for line in (run / "history.csv").read_text().splitlines()]
+    rows[4][header.index("train_loss")], rows[4][header.index("val_psnr_mean")] = "nan", "-300"
+    (run / "history.csv").write_text("\n".join(map(",".join, [header, *rows])) + "\n")
+    assert "Not finite, so not drawn: epoch a 4" in words(drawn("loss_curves", run))
+    said = "Axis cut: 1 value lies below it (triangles); lowest -300.0 dB, a, epoch 4"
+    assert said in words(drawn("val_psnr", run))
+
+
+def test_curves_are_those_of_steps_csv(tmp_path):
+    """By step where there is a steps.csv, by epoch where there is none."""
+    run, old = make_run(tmp_path / "a", epochs=4), make_run(tmp_path / "b", epochs=4, steps=False)
+    steps = run_folders.read_table(run / "steps.csv", logger.STEPS)
+    beta = drawn("beta_schedules", run).axes[0].lines[0]
+    assert np.array_equal(beta.get_xdata(), steps["epoch"]) and np.array_equal(
+        beta.get_ydata(), steps["beta"]
+    )
+    assert len(drawn("beta_schedules", old).axes[0].lines[0].get_xdata()) == 4
+    loss = drawn("loss_curves", run).axes[0].lines
+    assert np.array_equal(loss[0].get_ydata(), steps["loss"])
+    assert np.allclose(
+        loss[1].get_xdata(), [0.5, 1.5, 2.5, 3.5]
+    )  # means in the middle of their epochs
+
+
+@pytest.mark.parametrize(
+    "recipe, weight, name", [("pool", 1e-4, "log-MSE"), ("template", 1, "MSE")]
+)
+def test_total_is_the_sum_of_what_the_panels_show(tmp_path, recipe, weight, name):
+    run = make_run(tmp_path / "a", epochs=6, recipe=recipe, kl_weight=weight)
+    figure = drawn("loss_curves", run)
+    panel = {ax.get_title(loc="left"): ax.lines[0].get_ydata() for ax in figure.axes}
+    part, kl = panel[f"Reconstruction ({name})"], panel["KL (nats)"]
+    total = panel["Total loss = reconstruction + weight x KL"]
+    assert np.allclose(total, part + panel["Weight on KL: beta x kl_weight"] * kl, rtol=1e-4)
+    areas = drawn("loss_parts", run).axes[0].collections
+    top = areas[1].get_paths()[0].vertices[:, 1].max()
+    assert top == pytest.approx(total.max(), rel=1e-4)
+
+
+def test_without_annealing_is_called_so(tmp_path):
+    runs = [make_run(tmp_path / kind, kind, epochs=8) for kind in ("Cyclical", "None")]
+    for name in ("loss_curves", "loss_parts"):
+        figure = drawn(name, *runs)
+        names = [t.get_text() for t in figure.legends[0].get_texts()] + [
+            ax.get_title(loc="left") for ax in figure.axes
+        ]
+        assert "w/o annealing (beta = 1)" in names and "None" not in names
+
+
+def test_ratio_forced_share_and_loss_stand_on_one_axis(tmp_path):
+    run = make_run(tmp_path / "a", "None", epochs=20, tfr=(1, 5, 0.25))
+    top, bottom = drawn("teacher_forcing", run).axes
+    assert top.get_shared_x_axes().joined(top, bottom)
+    ratio = next(line for line in top.lines if line.get_label() == "ratio").get_ydata()
+    share = next(
+        line for line in top.lines if line.get_label() == "share that was forced"
+    ).get_ydata()
+    assert ratio[0] == 1 and ratio[-1] == 0 and np.abs(ratio - share).max() < 0.5
+    assert {"total loss", "reconstruction"} <= {line.get_label() for line in bottom.lines}
+
+
+def test_psnr_ends_at_its_floor_of_error(tmp_path):
+    run = make_run(tmp_path / "a", epochs=2, frames=3)
+    (run / "psnr_per_frame.csv").write_text("frame,psnr\n1,inf\n2,100\n3,100\n")
+    assert command("plot_runs.py", run, "-o", tmp_path / "out").returncode == 0
+    assert "inf" not in (tmp_path / "out" / "psnr_summary.csv").read_text()
+    legend = drawn("psnr_per_frame", run).legends[0].get_texts()[0].get_text()
+    assert "mean 100.00 dB" in legend
+
+
+def test_a_note_leaves_the_panels_as_wide_as_each_other(tmp_path):
+    runs = [make_run(tmp_path / kind, kind, epochs=8) for kind in ("Cyclical", "Monotonic", "None")]
+    table = [line.split(",") for line in (runs[2] / "steps.csv").read_text().splitlines()]
+    table[1][table[0].index("loss")] = "5"
+    (runs[2] / "steps.csv").write_text("\n".join(map(",".join, table)) + "\n")
+    figure = drawn("loss_parts", *runs)
+    assert "Axis cut: the total reaches 5" in words(figure)
+    plot_runs.render(figure, "png")  # lays it out
+    widths = [ax.get_position().width for ax in figure.axes]
+    assert max(widths) - min(widths) < 0.01 and sum(widths) > 0.75
 
 
 def test_a_spike_stays_inside_the_axis(tmp_path):
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import plot_runs
-    runs = plot_runs.load_runs([make_run(tmp_path / "None", "None", epochs=20, frames=5)])
-    figure = plot_runs.loss_curves(runs)
-    for ax, column in zip(figure.axes, ("train_loss", "train_mse", "train_kl")):
-        assert ax.get_ylim()[0] <= runs[0].history[column].min() and runs[0].history[column].max() <= ax.get_ylim()[1]
-    plot_runs.plt.close("all")
+    run = make_run(tmp_path / "None", "None", epochs=20, frames=5)
+    table = [line.split(",") for line in (run / "steps.csv").read_text().splitlines()]
+    for name in ("loss", "reconstruction", "mse", "kl"):
+        table[30][table[0].index(name)] = str(400 * float(table[30][table[0].index(name)]))
+    (run / "steps.csv").write_text("\n".join(map(",".join, table)) + "\n")
+    figure = drawn("loss_curves", run)
+    for ax in figure.axes:
+        for line in ax.lines:
+            assert (
+                ax.get_ylim()[0] <= line.get_ydata().min()
+                and line.get_ydata().max() <= ax.get_ylim()[1]
+            )
 
 
 def test_user_errors_are_one_line_and_write_nothing(tmp_path):
@@ -166,16 +244,20 @@ def test_user_errors_are_one_line_and_write_nothing(tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("file, text, word", [
-    ("history.csv", "", "is empty"),
-    ("history.csv", HISTORY + "\n", "no rows"),
-    ("history.csv", "epoch,lr\n0,1\n", "train_loss"),
-    ("history.csv", HISTORY + "\n0,1,1\n", "line 2: 3 values, expected 15"),
-    ("history.csv", HISTORY + "\n0,1,x" + ",1" * 12 + "\n", "line 2"),
-    ("history.csv", HISTORY + ("\n0" + ",1" * 14) * 2, "count upwards"),
-    ("psnr_per_frame.csv", "frame,psnr\n1,30\n2\n", "line 3"),
-    ("psnr_per_frame.csv", "\0\xff", "psnr_per_frame.csv"),
-])
+@pytest.mark.parametrize(
+    "file, text, word",
+    [
+        ("history.csv", "", "is empty"),
+        ("history.csv", HISTORY + "\n", "no rows"),
+        ("history.csv", "epoch,lr\n0,1\n", "train_loss"),
+        ("history.csv", HISTORY + "\n0,1,1\n", "line 2: 3 values, expected 17"),
+        ("history.csv", HISTORY + "\n0,1,x" + ",1" * 14 + "\n", "line 2"),
+        ("history.csv", HISTORY + ("\n0" + ",1" * 16) * 2, "count upwards"),
+        ("steps.csv", "step,epoch\n1,0.1\n", "reconstruction"),
+        ("psnr_per_frame.csv", "frame,psnr\n1,30\n2\n", "line 3"),
+        ("psnr_per_frame.csv", "\0\xff", "psnr_per_frame.csv"),
+    ],
+)
 def test_malformed_files(tmp_path, file, text, word):
     run = make_run(tmp_path / "a", epochs=2, frames=3)
     (run / file).write_bytes(text.encode("latin1"))
