@@ -197,7 +197,7 @@ def print_duration(model):
     if session.budget or state.steps_done - steps != FIRST_STEPS:
         return
     seconds = (time.monotonic() - began) / FIRST_STEPS * (session.total_steps - state.steps_done)
-    line = f"about {duration(seconds)} of training are left, and {state.num_epoch - state.epoch} validations"
+    line = f"about {duration(seconds)} of training left, and validation after each epoch"
     if seconds > 3 * 3600 and model.device.type == "cpu":
         line += "; --max_minutes M fits the run, schedules included, to M minutes"
     say(line)

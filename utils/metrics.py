@@ -51,7 +51,9 @@ def check_finite(finite, start, lanes):
 def warn_of_logits(model, frames, given):
     """Name --output sigmoid, once, where the first generated frames (N, 3, H, W) want one."""
     session = model.session
-    if model.args.output == "none" and not session.logits_said and are_logits(frames, given):
+    if session.total_steps or session.logits_said or model.args.output != "none":
+        return  # a network in training may give anything
+    if are_logits(frames, given):
         session.logits_said = True
         say("the first generated frames are far outside [0, 1], as those of a network that was "
             "trained with a sigmoid; expected --output sigmoid for it")

@@ -95,6 +95,8 @@ def prepare(model):
     parallelize(model)
     if session.saved:
         resume(model)
+    elif not state.steps_done:  # a script may have called training_one_step before
+        state.epoch_means, state.step_means = logger.RunningMeans(), logger.RunningMeans()
     model.teacher_forcing_ratio_update()  # by this command's flags, whatever the checkpoint had
     if distributed.rank() == 0:
         sweep_leftovers(args.save_root)
