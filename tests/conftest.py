@@ -7,20 +7,26 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks of the tests are too small to share out
+# the networks of the tests are too small to share out
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # flags that make a run take a second
-TINY = ["--frame_H", "16", "--frame_W", "32", "--F_dim", "16", "--L_dim", "8", "--N_dim", "4", "--D_out_dim", "16",
-        "--val_vi_len", "20", "--num_epoch", "2", "--device", "cpu", "--precision", "fp32"]
+TINY = [
+    "--frame_H", "16", "--frame_W", "32", "--F_dim", "16", "--L_dim", "8", "--N_dim", "4",
+    "--D_out_dim", "16", "--val_vi_len", "20", "--num_epoch", "2", "--device", "cpu",
+    "--precision", "fp32"
+]
 
 
 def run_cli(script, *args, timeout=120, **options):
     """`python script args...` as a CompletedProcess with text; script is relative to the repository."""
     environment = {**os.environ, **options.pop("env", {})}
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
-                          timeout=timeout, env=environment, **options)
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        capture_output=True, text=True, timeout=timeout, env=environment, **options
+    )
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,17 @@ import check_submission  # noqa: E402
 
 SEQUENCES, FRAMES, HEIGHT, WIDTH = 2, 4, 4, 6
 VALUES = 3 * HEIGHT * WIDTH
-SHAPE = [f"--sequences={SEQUENCES}", f"--frames={FRAMES}", f"--frame_H={HEIGHT}", f"--frame_W={WIDTH}"]
+SHAPE = [
+    f"--sequences={SEQUENCES}", f"--frames={FRAMES}", f"--frame_H={HEIGHT}", f"--frame_W={WIDTH}"
+]
 
 
 def check(path, *flags):
     """The command in this process, which spares the seconds that importing torch takes."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
         status = in_process(check_submission.main, path, *SHAPE, *flags)
     return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
@@ -35,7 +40,9 @@ def pixels():
 
 
 def lines_of(pixels):
-    return ["id," + ",".join(map(str, range(VALUES)))] + [f"{i}," + ",".join(map(str, row)) for i, row in enumerate(pixels.tolist())]
+    return ["id," + ",".join(map(str, range(VALUES)))] + [
+        f"{i}," + ",".join(map(str, row)) for i, row in enumerate(pixels.tolist())
+    ]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -62,23 +69,34 @@ def with_field(line, column, value):
         fields = lines[line - 1].split(",")
         fields[column] = value
         lines[line - 1] = ",".join(fields)
+
     return change
 
 
 BAD = {
     "header": (with_field(1, 0, "ID"), 1, "header has 'ID' as column 1"),
-    "short header": (lambda lines: lines.__setitem__(0, lines[0].rsplit(",", 1)[0]), 1, f"header has {VALUES} columns"),
+    "short header": (
+        lambda lines: lines.__setitem__(0, lines[0].rsplit(",", 1)[0]),
+        1, f"header has {VALUES} columns"
+    ),
     "no header": (lambda lines: lines.pop(0), 1, "header"),
-    "swapped rows": (lambda lines: lines.__setitem__(slice(2, 4), lines[3:1:-1]), 3, "id is '2', expected 1"),
+    "swapped rows": (
+        lambda lines: lines.__setitem__(slice(2, 4), lines[3:1:-1]), 3, "id is '2', expected 1"
+    ),
     "id with zeros": (with_field(4, 0, "02"), 4, "expected 2"),
     "missing row": (lambda lines: lines.pop(), 9, "ends after 7 rows, expected 8"),
     "empty": (lambda lines: lines.clear(), 1, "header"),
     "extra row": (lambda lines: lines.append("8" + lines[-1][1:]), 10, "more than 8 rows"),
     "blank line inside": (lambda lines: lines.insert(5, ""), 6, "blank"),
     "blank line at the end": (lambda lines: lines.append(""), 10, "blank"),
-    "too many columns": (lambda lines: lines.__setitem__(3, lines[3] + ",1"), 4, f"{VALUES + 2} columns, expected {VALUES + 1}"),
+    "too many columns": (
+        lambda lines: lines.__setitem__(3, lines[3] + ",1"),
+        4, f"{VALUES + 2} columns, expected {VALUES + 1}"
+    ),
     "far too many columns": (lambda lines: lines.__setitem__(3, lines[3] * 50), 4, "longer"),
-    "too few columns": (lambda lines: lines.__setitem__(3, lines[3].rsplit(",", 1)[0]), 4, f"{VALUES} columns"),
+    "too few columns": (
+        lambda lines: lines.__setitem__(3, lines[3].rsplit(",", 1)[0]), 4, f"{VALUES} columns"
+    ),
     "one column": (lambda lines: lines.__setitem__(3, "2,7"), 4, "2 columns"),
     "id alone": (lambda lines: lines.__setitem__(3, "2"), 4, "1 columns"),
     "float": (with_field(5, 3, "12.0"), 5, "column 2 is '12.0'"),
@@ -100,7 +118,9 @@ def test_refuses(tmp_path, pixels, case):
     done = check(path)
     errors = [text for text in done.stderr.splitlines() if not text.startswith("checking")]
     assert done.returncode == 2 and done.stdout == ""
-    assert len(errors) == 1 and f"{path}, line {line}:" in errors[0] and words in errors[0], done.stderr
+    assert len(errors) == 1 and f"{path}, line {line}:" in errors[0] and words in errors[0], (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["missing.csv", "."])
@@ -116,7 +136,9 @@ def truth(tmp_path):
     for sequence in range(SEQUENCES):
         (tmp_path / "truth" / str(sequence)).mkdir(parents=True)
         for t in range(FRAMES):
-            picture = Image.fromarray(rng.integers(0, 256, (3 * HEIGHT, 2 * WIDTH, 3), dtype=np.uint8))
+            picture = Image.fromarray(
+                rng.integers(0, 256, (3 * HEIGHT, 2 * WIDTH, 3), dtype=np.uint8)
+            )
             picture.save(tmp_path / "truth" / str(sequence) / f"frame{t + 8}.png")  # 8, 9, 10, 11
     return tmp_path / "truth"
 
@@ -128,14 +150,18 @@ def test_scores_as_the_definition_says(tmp_path, pixels, truth):
     expected = np.empty((SEQUENCES, FRAMES - 1))
     for sequence in range(SEQUENCES):
         for t in range(1, FRAMES):
-            frame = transform(Image.open(truth / str(sequence) / f"frame{t + 8}.png").convert("RGB")).double()
+            frame = transform(
+                Image.open(truth / str(sequence) / f"frame{t + 8}.png").convert("RGB")
+            ).double()
             predicted = torch.tensor(pixels[sequence * FRAMES + t]).view(3, HEIGHT, WIDTH) / 255
             expected[sequence, t - 1] = -10 * torch.log10(((frame - predicted) ** 2).mean())
     done = check(path, "--ground_truth", truth)
     assert done.returncode == 0, done.stderr
     assert "frame 0 is given" in done.stdout
-    table = [line.split()[1:4] for line in done.stdout.splitlines()[-SEQUENCES - 1:]]
-    wanted = [[row.mean(), row.min(), row[-1]] for row in expected] + [[expected.mean(), expected.min(), expected[:, -1].mean()]]
+    table = [line.split()[1:4] for line in done.stdout.splitlines()[-SEQUENCES - 1 :]]
+    wanted = [[row.mean(), row.min(), row[-1]] for row in expected] + [
+        [expected.mean(), expected.min(), expected[:, -1].mean()]
+    ]
     assert np.allclose(np.array(table, dtype=float), wanted, atol=6e-4)
 
 
@@ -186,9 +212,18 @@ def test_reading_true_frames_says_what_it_needs(tmp_path, pixels, truth, among_b
 
 
 def test_exact_frames_score_100_dB(tmp_path, truth):
-    frames = [np.asarray(Image.open(truth / str(sequence) / f"frame{t + 8}.png").resize((WIDTH, HEIGHT), Image.BILINEAR))
-              for sequence in range(SEQUENCES) for t in range(FRAMES)]
+    frames = [
+        np.asarray(
+            Image.open(truth / str(sequence) / f"frame{t + 8}.png").resize(
+                (WIDTH, HEIGHT), Image.BILINEAR
+            )
+        )
+        for sequence in range(SEQUENCES)
+        for t in range(FRAMES)
+    ]
     path = tmp_path / "submission.csv"
-    path.write_text("\n".join(lines_of(np.stack(frames).transpose(0, 3, 1, 2).reshape(len(frames), -1))) + "\n")
+    path.write_text(
+        "\n".join(lines_of(np.stack(frames).transpose(0, 3, 1, 2).reshape(len(frames), -1))) + "\n"
+    )
     done = check(path, "--ground_truth", truth)
     assert done.returncode == 0 and done.stdout.splitlines()[-1].split()[1:4] == ["100.000"] * 3

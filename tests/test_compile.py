@@ -16,12 +16,17 @@ def trained(flags, compiled):
     model = Trainer.VAE_Model(Trainer.build_parser().parse_args([*TINY, *flags]))
     if compiled:
         mark_for_compiling(model)
-    img, label = torch.rand(2, 2, model.args.train_vi_len, 3, 16, 32, generator=torch.Generator().manual_seed(0))
+    img, label = torch.rand(
+        2, 2, model.args.train_vi_len, 3, 16, 32, generator=torch.Generator().manual_seed(0)
+    )
     torch.manual_seed(0)
     losses = [model.training_one_step(img, label, taught) for taught in (True, False)]
     graphs = counters["stats"]["unique_graphs"]
     with torch.no_grad():
-        return graphs, torch.stack(losses), model.rollout(img[:1, 0], label[:1, :1].expand(1, 4, -1, -1, -1))
+        return (
+            graphs, torch.stack(losses),
+            model.rollout(img[:1, 0], label[:1, :1].expand(1, 4, -1, -1, -1))
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +36,16 @@ def plain_backend(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     settings = torch._dynamo.config
-    with settings.patch(suppress_errors=False, optimize_ddp=settings.optimize_ddp, cache_size_limit=settings.cache_size_limit):
+    with settings.patch(
+        suppress_errors=False, optimize_ddp=settings.optimize_ddp,
+        cache_size_limit=settings.cache_size_limit
+    ):
         yield
 
 
-@pytest.mark.parametrize("flags", [["--train_vi_len", "2"], ["--recipe", "template", "--train_vi_len", "3"]])
+@pytest.mark.parametrize(
+    "flags", [["--train_vi_len", "2"], ["--recipe", "template", "--train_vi_len", "3"]]
+)
 def test_each_network_is_one_graph(flags):
     graphs, losses, frames = trained(flags, compiled=True)
     if flags[1] == "2":  # longer windows meet other sizes

@@ -12,7 +12,10 @@ from utils.checkpoint import read_checkpoint
 from scripts.kill_test import compare, differences, rows
 
 # a window of 4 with a KL term: the template's recipe, whose KL gradient is large
-FLAGS = [*TINY, "--precision", "auto", "--recipe", "template", "--train_vi_len", "4", "--kl_anneal_cycle", "1", "--frame_H", "8", "--frame_W", "16"]
+FLAGS = [
+    *TINY, "--precision", "auto", "--recipe", "template", "--train_vi_len", "4",
+    "--kl_anneal_cycle", "1", "--frame_H", "8", "--frame_W", "16"
+]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +49,8 @@ def test_a_resumed_run_keeps_the_scale(tiny_data, tmp_path, monkeypatch):
 
     assert train(tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        send_at(patch, "training_one_step", 14, signal.SIGTERM)  # the sixth of eight steps of epoch 1
+        # the sixth of eight steps of epoch 1
+        send_at(patch, "training_one_step", 14, signal.SIGTERM)
         assert train(tmp_path / "run") == 143
     assert train(tmp_path / "run", "--resume") == 0
     assert compare(tmp_path / "run", tmp_path / "whole") == []

@@ -9,7 +9,10 @@ from conftest import TINY
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-READING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.nonzero.default)
+READING = (
+    torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.nonzero.default
+)
 
 
 class NoReading(TorchDispatchMode):
@@ -22,8 +25,12 @@ class NoReading(TorchDispatchMode):
         if function == READING[0]:
             return 0
         result = function(*args, **kwargs)
-        copied = function is torch.ops.aten._to_copy.default or function is torch.ops.aten.copy_.default
-        assert not (on_gpu and copied and result.device.type == "cpu"), f"{function} copies from the GPU, and waits for it"
+        copied = (
+            function is torch.ops.aten._to_copy.default or function is torch.ops.aten.copy_.default
+        )
+        assert not (on_gpu and copied and result.device.type == "cpu"), (
+            f"{function} copies from the GPU, and waits for it"
+        )
         return result
 
 
@@ -32,12 +39,16 @@ def on_a_gpu_without_values(model):
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
-                module._parameters[name] = torch.nn.Parameter(torch.empty(weight.shape, device="cuda"))
+                module._parameters[name] = torch.nn.Parameter(
+                    torch.empty(weight.shape, device="cuda")
+                )
         for name, buffer in module._buffers.items():
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
     for name in ("optim", "scheduler", "scaler"):  # made anew for these weights
         model.__dict__.pop(name, None)
-    model.state.average = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    model.state.average = {
+        name: weight.detach().clone() for name, weight in model.named_parameters()
+    }
 
 
 def give_gradients(model):
@@ -59,7 +70,15 @@ def values_are_not_needed():
     frame_cache._white.cache_clear()
 
 
-@pytest.mark.parametrize("flags", [[], ["--optim", "AdamW"], ["--train_vi_len", "4"], ["--recipe", "template", "--train_vi_len", "4"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--optim", "AdamW"],
+        ["--train_vi_len", "4"],
+        ["--recipe", "template", "--train_vi_len", "4"],
+    ],
+)
 def test_a_step_reads_nothing_back_from_the_gpu(flags, monkeypatch):
     model = Trainer.VAE_Model(Trainer.build_parser().parse_args([*TINY, *flags]))
     with FakeTensorMode(), NoReading():
@@ -84,5 +103,6 @@ def test_the_pool_reads_nothing_back_wherever_the_data_are(tiny_data):
     with FakeTensorMode(allow_non_fake_inputs=True), NoReading():
         pool = RolloutPool(dataset, [0, len(dataset.frames.imgs)], 8, 0, "cuda")
         img, label = pool.draw(2, 2, 0.5, torch.zeros(2, dtype=torch.bool))
-        assert img.shape == label.shape == (2, 2, 3, 16, 32) and img.device.type == label.device.type == "cuda"
+        assert img.shape == label.shape == (2, 2, 3, 16, 32)
+        assert img.device.type == label.device.type == "cuda"
         pool.put(torch.rand(2, 3, 16, 32, device="cuda"))

@@ -21,8 +21,12 @@ from conftest import TINY  # noqa: E402
 from utils.checkpoint import adopt_settings  # noqa: E402
 from utils.cli import Stopped  # noqa: E402
 
-STOPS = {"pool": [(1, "training", 3), (0, "validation", 1)], "template": [(1, "training", 6)]}  # rank, where, step
-RECIPES = {"pool": ["--tfr", "0.3"], "template": ["--recipe", "template", "--train_vi_len", "4", "--tfr", "0.6"]}
+# rank, where, step
+STOPS = {"pool": [(1, "training", 3), (0, "validation", 1)], "template": [(1, "training", 6)]}
+RECIPES = {
+    "pool": ["--tfr", "0.3"],
+    "template": ["--recipe", "template", "--train_vi_len", "4", "--tfr", "0.6"],
+}
 
 
 class Watched(Trainer.VAE_Model):
@@ -46,7 +50,9 @@ class Watched(Trainer.VAE_Model):
 
 def train(data, folder, recipe, *flags, signal_in=None, signal_at=None):
     """(model, whether it was stopped): what Trainer.main does, with the process group left open for the next run."""
-    args = Trainer.build_parser().parse_args(["--DR", data, "--save_root", str(folder), *TINY, *RECIPES[recipe], *flags])
+    args = Trainer.build_parser().parse_args(
+        ["--DR", data, "--save_root", str(folder), *TINY, *RECIPES[recipe], *flags]
+    )
     if args.resume:
         args.ckpt_path = str(folder / "last.ckpt")
         adopt_settings(args, Trainer.build_parser())
@@ -68,7 +74,10 @@ def gathered(value):
 
 def same_on_all_ranks(model):
     """Whether every tensor of the network, averages and optimizer has the same bits on all ranks."""
-    own = [*model.state_dict().values(), *(model.state.average or {}).values(), *(v for s in model.optim.state_dict()["state"].values() for v in s.values())]
+    own = [
+        *model.state_dict().values(), *(model.state.average or {}).values(),
+        *(v for s in model.optim.state_dict()["state"].values() for v in s.values()),
+    ]
     own = torch.cat([value.contiguous().view(-1).view(torch.uint8) for value in own])
     every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(every, own)
