@@ -281,7 +281,7 @@ class Bench:
         dataset = Dataset_Dance(self.root, None, "train", length, frames=frames)
         ours = WindowLoader(dataset, args.batch_size)
         equal = [torch.equal(x, y.cpu()) for x, y in zip(next(iter(template)), next(iter(ours)))]
-        self.extra["batches are equal to the bit"] = all(equal)
+        self.extra["batches are bitwise identical"] = all(equal)
         count = len(ours) * args.batch_size * length
         ways = {"template": lambda: read(template), "ours": lambda: read(ours)}
         self.alternate(f"data: an epoch of {count} frames", ways, count, self.targets["data"])
@@ -641,7 +641,7 @@ def markdown(bench):
         lines += table("equality in fp32, BatchNorm on running statistics", "relative difference")
         lines += [f"| {name} | {value:.1e} |" for name, value in extra["equality"].items()]
     if "seconds of decoding once" in extra:
-        equal = "equal to the bit" if extra["batches are equal to the bit"] else "NOT EQUAL"
+        equal = "bitwise identical" if extra["batches are bitwise identical"] else "NOT EQUAL"
         lines += ["", f"The first epoch decodes {bench.count} frames and poses once: "
                       f"{extra['seconds of decoding once']:.1f} s. Batches are {equal}."]
     if args.quick:

@@ -1,12 +1,9 @@
-"""scripts/ablate.py: settings at the same number of frames, results in a CSV, nothing run or written twice."""
+"""scripts/ablate.py: equal numbers of frames, results in a CSV, nothing run or written twice."""
 
 import csv
-import sys
 
-from conftest import ROOT, TINY, in_process, run_cli
-
-sys.path.insert(0, str(ROOT / "scripts"))
 import ablate
+from conftest import TINY, in_process, run_cli
 
 SIZES = [
     word
@@ -74,7 +71,7 @@ def test_runs_of_other_flags_are_not_taken_for_these(tiny_data, tmp_path, capfd)
     assert (tmp_path / "ablation.csv").read_text() == table
 
 
-def test_a_table_that_cannot_be_added_to_is_said_before_the_runs(tiny_data, tmp_path, capfd):
+def test_a_table_that_cannot_be_written_is_an_error_first(tiny_data, tmp_path, capfd):
     (tmp_path / "file").write_text("setting,psnr\npool,30\n")
     for path in (tmp_path, tmp_path / "file", tmp_path / "file" / "in.csv"):
         status = in_process(

@@ -1,4 +1,6 @@
-"""Bad pictures, folders and flags: each works, or ends in one line that names the file, exit status 2, nothing written.
+"""Bad images, folders and flags: each works, or ends in one line that names the file.
+
+Then the exit status is 2 and nothing is written.
 
 The table at the end of the first half is the promise of docs/RELIABILITY.md, case by case.
 """
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarn
 posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX file system")
 
 
-# ---------------------------------------------------------------- a data set to break, and what is expected of a command
+# ---------------------------------------------------------------- a data set to break
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +84,19 @@ def assert_refused(status, stderr, named, *absent):
         assert not Path(path).exists(), f"{path} was made"
 
 
-# ---------------------------------------------------------------- pictures by hand, as Pillow writes only some kinds
+# ---------------------------------------------------------------- images that Pillow cannot write
 
 
 def chunk(kind, content):
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + checksum
 
 
 def png(width, height, depth, colour, content, interlaced=0, idat=slice(None)):
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(content)[idat])
-        + chunk(b"IEND", b"")
+    data = zlib.compress(content)[idat]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(*part) for part in ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
     )
 
 
@@ -125,7 +121,7 @@ PALETTE = Image.fromarray(PIXELS).quantize(256)
 
 
 def saved(image, **options):
-    """A function that writes the image in a picture's place."""
+    """Return a function that writes the image over a file."""
     return lambda path: image.save(path, **options)
 
 
@@ -145,7 +141,7 @@ def replaced_by(make):
     return change
 
 
-# a picture of the training set is overwritten: what it must read as
+# an image of the training set is overwritten: what it must read as
 READABLE = {
     "RGB": (saved(Image.fromarray(PIXELS)), PIXELS),
     "palette": (saved(PALETTE), PIXELS),
@@ -172,11 +168,11 @@ READABLE = {
     "one pixel": (saved(Image.new("RGB", (1, 1), (1, 2, 3))), np.array([[[1, 2, 3]]])),
 }
 
-# a picture of the training set is overwritten: it can't be read, and is named
+# an image of the training set is overwritten: it can't be read, and is named
 UNREADABLE = {
     "truncated": cut,
     "zero-byte": content(b""),
-    "not a PNG": content(b"this is no picture"),
+    "not a PNG": content(b"this is no image"),
     "claims 100000x100000": content(png(100_000, 100_000, 8, 2, b"\0" * 100)),
     "claims 12000x10000": content(png(12_000, 10_000, 8, 2, b"\0" * 100)),
     "claims 0x0": content(png(0, 0, 8, 2, b"")),
@@ -186,7 +182,7 @@ UNREADABLE = {
     "a damaged checksum": content(png(20, 10, 8, 2, scanlines(PIXELS)).replace(b"IDAT", b"IDAX")),
     "a link that points nowhere": replaced_by(lambda path: path.symlink_to("nowhere.png")),
     "a link to itself": replaced_by(lambda path: path.symlink_to(path.name)),
-    "a folder named like a picture": replaced_by(Path.mkdir),
+    "a folder named like an image": replaced_by(Path.mkdir),
     "a pipe": replaced_by(lambda path: os.mkfifo(path)),
 }
 
@@ -199,14 +195,8 @@ def tiff(pixels, photometric, bits):
         (278, 10), (279, len(content))
     ]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    return (
-        b"II*\0"
-        + struct.pack("<I", 8 + len(content))
-        + content
-        + struct.pack("<H", len(tags))
-        + entries
-        + b"\0" * 4
-    )
+    head = b"II*\0" + struct.pack("<I", 8 + len(content))
+    return head + content + struct.pack("<H", len(tags)) + entries + b"\0" * 4
 
 
 def packed_12_bits(values):
@@ -277,7 +267,7 @@ def test_the_modes_are_all_that_pillow_has():
 
 
 @pytest.mark.parametrize("case", READABLE)
-def test_readable_pictures(data, case):
+def test_readable_images(data, case):
     write, pixels = READABLE[case]
     path = data / "train/train_img/3.png"
     write(path)
@@ -298,7 +288,7 @@ def test_readable_pictures(data, case):
     ids=" ".join,
 )
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_unreadable_pictures(data, tmp_path, capfd, case, flags):
+def test_unreadable_images(data, tmp_path, capfd, case, flags):
     UNREADABLE[case](data / "train/train_img/3.png")
     out = tmp_path / "out"
     status = command(Trainer.main, "--DR", data, "--save_root", out, *SIZES, *flags)
@@ -316,7 +306,7 @@ def test_unreadable_pictures(data, tmp_path, capfd, case, flags):
 
 
 def rename(change, *folders):
-    """Rename every picture of these folders: change(number) is the new name."""
+    """Rename every image of these folders: change(number) is the new name."""
 
     def apply(data):
         for folder in folders or ("train/train_img", "train/train_label"):
@@ -357,12 +347,12 @@ def duplicate(path):
 
 
 def add(*names):
-    """Put files that are no pictures into the training folders."""
+    """Put files that are no images into the training folders."""
 
     def apply(data):
         for folder in ("train/train_img", "train/train_label"):
             for name in names:
-                (data / folder / name).write_bytes(b"not a picture")
+                (data / folder / name).write_bytes(b"not an image")
 
     return apply
 
@@ -381,12 +371,12 @@ FINE = {
     "a frame and its pose both missing": both("4.png"),
     "hidden files": add(".DS_Store", "._3.png", ".3.png"),
     "other files": add("Thumbs.db", "notes 1.txt", "README"),
-    "a folder beside the pictures": on("train/train_img/old", Path.mkdir),
+    "a folder beside the images": on("train/train_img/old", Path.mkdir),
     "a folder behind a link": on(
         "train",
         lambda path: (path.rename(path.with_name("elsewhere")), path.symlink_to("elsewhere")),
     ),
-    "a picture behind a link": on(
+    "an image behind a link": on(
         "train/train_img/3.png",
         lambda path: (path.rename(path.parents[2] / "3"), path.symlink_to(path.parents[2] / "3")),
     ),
@@ -639,7 +629,7 @@ def test_a_damaged_cache_is_made_anew(data, tmp_path):
 
 @pytest.fixture
 def unprivileged():
-    """Lets permissions stop this thread and those it starts, where the tests run as root too."""
+    """Let permissions stop this thread and those it starts, where the tests run as root too."""
     if os.geteuid() != 0:
         yield
         return
@@ -776,9 +766,6 @@ def test_more_than_the_memory_holds_in_a_rollout(
     out = tmp_path / "out"
     status = command(main, "--ckpt_path", trained, "--save_root", out, "--rollouts", "3", "--test")
     assert status == 2
-    assert (
-        capfd.readouterr()
-        .err.splitlines()[-1]
-        .startswith(f"error: --rollouts 3, {sequences} sequence(s)")
-    )
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: --rollouts 3, {sequences} sequence(s)")
     assert not list(out.glob("*"))

@@ -3,9 +3,9 @@
 import contextlib
 import io
 import shutil
-import sys
 from types import SimpleNamespace
 
+import check_submission
 import numpy as np
 import pytest
 import torch
@@ -13,9 +13,6 @@ from PIL import Image
 from torchvision.transforms import Compose, Resize, ToTensor
 
 from conftest import ROOT, in_process, run_cli
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import check_submission  # noqa: E402
 
 SEQUENCES, FRAMES, HEIGHT, WIDTH = 2, 4, 4, 6
 VALUES = 3 * HEIGHT * WIDTH
@@ -118,9 +115,8 @@ def test_refuses(tmp_path, pixels, case):
     done = check(path)
     errors = [text for text in done.stderr.splitlines() if not text.startswith("checking")]
     assert done.returncode == 2 and done.stdout == ""
-    assert len(errors) == 1 and f"{path}, line {line}:" in errors[0] and words in errors[0], (
-        done.stderr
-    )
+    assert len(errors) == 1, done.stderr
+    assert f"{path}, line {line}:" in errors[0] and words in errors[0]
 
 
 @pytest.mark.parametrize("name", ["missing.csv", "."])
@@ -131,15 +127,14 @@ def test_refuses_what_is_no_file(tmp_path, name):
 
 @pytest.fixture
 def truth(tmp_path):
-    """Frames larger than the prediction, numbered so that the order of names is not that of numbers."""
+    """Frames larger than the prediction; sorted by name they are not sorted by number."""
     rng = np.random.default_rng(1)
     for sequence in range(SEQUENCES):
         (tmp_path / "truth" / str(sequence)).mkdir(parents=True)
         for t in range(FRAMES):
-            picture = Image.fromarray(
-                rng.integers(0, 256, (3 * HEIGHT, 2 * WIDTH, 3), dtype=np.uint8)
-            )
-            picture.save(tmp_path / "truth" / str(sequence) / f"frame{t + 8}.png")  # 8, 9, 10, 11
+            pixels = rng.integers(0, 256, (3 * HEIGHT, 2 * WIDTH, 3), dtype=np.uint8)
+            path = tmp_path / "truth" / str(sequence) / f"frame{t + 8}.png"  # 8, 9, 10, 11
+            Image.fromarray(pixels).save(path)
     return tmp_path / "truth"
 
 
@@ -173,14 +168,17 @@ def test_ground_truth_must_be_whole(tmp_path, pixels, truth):
     assert done.returncode == 2 and done.stdout == ""
     assert str(truth / "1") in done.stderr.splitlines()[-1]
     assert "3 images; expected 4" in done.stderr
-    (truth / "1" / "frame9.png").write_bytes(b"no picture")
+    (truth / "1" / "frame9.png").write_bytes(b"no image")
     done = check(path, "--ground_truth", truth)
     assert done.returncode == 2 and "frame9.png" in done.stderr.splitlines()[-1]
 
 
 @pytest.fixture
 def among_broken_files(tmp_path):
-    """The script and utils/ beside somebody else's Trainer.py, Tester.py and dataloader.py, without the large packages."""
+    """The script and utils/ beside third-party Trainer.py, Tester.py and dataloader.py.
+
+    The large packages are missing.
+    """
     root = tmp_path / "project"
     for name in ("utils", "scripts"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -212,18 +210,10 @@ def test_reading_true_frames_says_what_it_needs(tmp_path, pixels, truth, among_b
 
 
 def test_exact_frames_score_100_dB(tmp_path, truth):
-    frames = [
-        np.asarray(
-            Image.open(truth / str(sequence) / f"frame{t + 8}.png").resize(
-                (WIDTH, HEIGHT), Image.BILINEAR
-            )
-        )
-        for sequence in range(SEQUENCES)
-        for t in range(FRAMES)
-    ]
+    files = [truth / str(i) / f"frame{t + 8}.png" for i in range(SEQUENCES) for t in range(FRAMES)]
+    frames = [Image.open(file).resize((WIDTH, HEIGHT), Image.BILINEAR) for file in files]
+    rows = np.stack([np.asarray(frame) for frame in frames]).transpose(0, 3, 1, 2)
     path = tmp_path / "submission.csv"
-    path.write_text(
-        "\n".join(lines_of(np.stack(frames).transpose(0, 3, 1, 2).reshape(len(frames), -1))) + "\n"
-    )
+    path.write_text("\n".join(lines_of(rows.reshape(len(frames), -1))) + "\n")
     done = check(path, "--ground_truth", truth)
     assert done.returncode == 0 and done.stdout.splitlines()[-1].split()[1:4] == ["100.000"] * 3

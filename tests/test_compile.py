@@ -20,7 +20,7 @@ def trained(flags, compiled):
         2, 2, model.args.train_vi_len, 3, 16, 32, generator=torch.Generator().manual_seed(0)
     )
     torch.manual_seed(0)
-    losses = [model.training_one_step(img, label, taught) for taught in (True, False)]
+    losses = [model.training_one_step(img, label, forced) for forced in (True, False)]
     graphs = counters["stats"]["unique_graphs"]
     with torch.no_grad():
         return (
@@ -63,7 +63,7 @@ def test_nothing_is_compiled_unless_asked():
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_training_has_its_networks_compiled(precision, tiny_data, tmp_path, monkeypatch, capsys):
-    """Also in fp16, where the poses of noise that it is tried on give frames that are not finite."""
+    """Also in fp16, where poses of noise, on which --compile is tried, give infinite frames."""
     monkeypatch.setattr(Trainer, "pick_precision", lambda *_: (precision, precision))
     small = ["--frame_H", "8", "--frame_W", "16", "--num_epoch", "1", "--batch_size", "8"]
     words = ["--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, *small, "--compile"]
@@ -73,7 +73,7 @@ def test_training_has_its_networks_compiled(precision, tiny_data, tmp_path, monk
     assert counters["stats"]["unique_graphs"] >= len(COMPILED)
 
 
-def test_without_a_compiler_training_goes_on(tiny_data, tmp_path, monkeypatch, capsys):
+def test_without_a_compiler_training_continues(tiny_data, tmp_path, monkeypatch, capsys):
     def broken(*_):
         raise ImportError("no compiler")
 

@@ -1,4 +1,4 @@
-"""Pictures to batches: order, windows, the three modes, the cache that is bit for bit the same, and cuts."""
+"""From images to batches: order, windows, three modes, a bitwise identical cache, and cuts."""
 
 import multiprocessing
 import os
@@ -21,13 +21,16 @@ COUNT = 23  # 12 comes before 2 in the alphabet
 
 
 def shade(number):
-    """A picture that tells its number from every other's, as ToTensor gives it."""
+    """An image that tells its number from every other's, as ToTensor gives it."""
     return number / 255
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Frames whose pixels are their number, poses 100 more; 23 to train, 5 to validate, three test sequences of 6."""
+    """Frames whose pixels are their number, poses 100 more.
+
+    23 to train, 5 to validate, three test sequences of 6.
+    """
     root = tmp_path / "data"
 
     def write(folder, numbers, add=0):
@@ -45,10 +48,10 @@ def data(tmp_path):
     return root
 
 
-def numbers(pictures, add=0):
-    """The numbers of pictures (..., 3, H, W)."""
-    assert torch.equal(pictures.amin((-3, -2, -1)), pictures.amax((-3, -2, -1)))
-    return (pictures[..., 0, 0, 0] * 255).round().int().sub(add).tolist()
+def numbers(images, add=0):
+    """The numbers of images (..., 3, H, W)."""
+    assert torch.equal(images.amin((-3, -2, -1)), images.amax((-3, -2, -1)))
+    return (images[..., 0, 0, 0] * 255).round().int().sub(add).tolist()
 
 
 @pytest.fixture
@@ -77,9 +80,8 @@ def test_windows_in_numeric_order(data, video_len, partial, windows):
     for i in range(windows):
         imgs, labels = dataset[i]
         assert imgs.shape == labels.shape == (video_len, 3, 10, 20) and imgs.dtype == torch.float32
-        assert (
-            numbers(imgs) == list(range(i * video_len, (i + 1) * video_len)) == numbers(labels, 100)
-        )
+        expected = list(range(i * video_len, (i + 1) * video_len))
+        assert numbers(imgs) == expected == numbers(labels, 100)
     with pytest.raises(IndexError):
         dataset[windows]
     assert len(list(dataset)) == windows  # a for loop ends
@@ -102,20 +104,13 @@ def test_test_mode(data):
 
 
 def test_any_torchvision_transform(data):
+    normalized = transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)
     for transform, shape in [
         (transforms.ToTensor(), (3, 10, 20)),
         (transforms.Compose([transforms.Grayscale(), transforms.ToTensor()]), (1, 10, 20)),
         (transforms.PILToTensor(), (3, 10, 20)),
         (v2.Compose([v2.ToImage(), v2.Resize((4, 4)), v2.ToDtype(torch.float32)]), (3, 4, 4)),
-        (
-            transforms.Compose(
-                [
-                    transforms.RandomCrop(8), transforms.ToTensor(),
-                    transforms.Normalize([0.5] * 3, [0.5] * 3)
-                ]
-            ),
-            (3, 8, 8),
-        ),
+        (transforms.Compose([transforms.RandomCrop(8), *normalized]), (3, 8, 8)),
     ]:
         imgs, labels = Dataset_Dance(data, transform, "train", 3)[1]
         assert imgs.shape == labels.shape == (3, *shape)
@@ -126,11 +121,8 @@ def test_in_a_data_loader(data, workers):
     dataset = Dataset_Dance(data, frame_transform(4, 8), "train", 7)
     batches = list(DataLoader(dataset, 2, num_workers=workers, drop_last=True))
     assert len(batches) == 1
-    assert (
-        numbers(batches[0][0])
-        == [list(range(7)), list(range(7, 14))]
-        == numbers(batches[0][1], 100)
-    )
+    expected = [list(range(7)), list(range(7, 14))]
+    assert numbers(batches[0][0]) == expected == numbers(batches[0][1], 100)
 
 
 # ---------------------------------------------------------------- the cache
@@ -167,7 +159,7 @@ def test_every_value_of_a_byte_is_what_to_tensor_gives():
     )
 
 
-def test_the_cache_is_made_once_and_again_when_a_picture_changes(noise):
+def test_the_cache_is_remade_when_an_image_changes(noise):
     folder = noise / ".frame_cache"
     first = Frames(noise, "train", 8, 16).imgs.clone()
     before = stored(folder)
@@ -289,7 +281,10 @@ def test_no_cache_gives_equal_batches(tiny_data, tmp_path):
 
 
 def wander(count, seed, speed=0.6):
-    """A bright square that walks over a lit backdrop; seed decides the room and the path. uint8 (count, 3, 32, 64)."""
+    """A bright square that walks over a lit backdrop, uint8 (count, 3, 32, 64).
+
+    The seed decides the room and the path.
+    """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:32, :64]
     room = 60 + 80 * rng.random(3)[:, None, None] + 0.7 * x * rng.random() + rng.random() * y

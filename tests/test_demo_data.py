@@ -1,4 +1,4 @@
-"""The demo data: the course's layout, the same pictures every time, and nothing half-written."""
+"""The demo data: the course's layout, the same images every time, and nothing half-written."""
 
 import hashlib
 import signal
@@ -30,7 +30,7 @@ def digests(folder):
     }
 
 
-def pictures(folder):
+def images(folder):
     return [
         np.asarray(Image.open(p), float) / 255
         for p in sorted(folder.glob("*.png"), key=lambda p: int(p.stem))
@@ -60,21 +60,19 @@ def test_layout(demo):
     }
     assert found == set(expected)
     for folder, count in expected.items():
-        assert {p.name for p in (demo / folder).iterdir()} == {f"{i}.png" for i in range(count)}, (
-            folder
-        )
+        names = {p.name for p in (demo / folder).iterdir()}
+        assert names == {f"{i}.png" for i in range(count)}, folder
     for i in range(5):
         first, truth = demo / f"test/test_img/{i}/0.png", demo / f"test_truth/{i}/0.png"
         assert first.read_bytes() == truth.read_bytes()
 
 
-def test_pictures(demo):
+def test_images(demo):
     for path in demo.rglob("*.png"):
-        with Image.open(path) as picture:
-            assert (
-                picture.mode == "RGB" and picture.width == 2 * picture.height and picture.width > 64
-            ), path
-    frames, poses = pictures(demo / "train/train_img"), pictures(demo / "train/train_label")
+        with Image.open(path) as image:
+            width, height = image.size
+            assert image.mode == "RGB" and width == 2 * height and width > 64, path
+    frames, poses = images(demo / "train/train_img"), images(demo / "train/train_label")
     # lines on white
     assert all(pose[0, 0].min() == 1 and pose.mean() > 0.9 and pose.min() < 0.5 for pose in poses)
     steps = np.array([np.abs(a - b).mean() for a, b in zip(frames, frames[1:])])

@@ -1,4 +1,7 @@
-"""Two ranks on the CPU: identical weights, files by rank 0 alone, each rank its own windows, stop and resume to the bit."""
+"""Two ranks on the CPU: identical weights, files by rank 0 alone, own windows for each rank.
+
+A run that is stopped and resumed ends bitwise identical.
+"""
 
 import json
 import os
@@ -23,14 +26,15 @@ def two_ranks(tiny_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
     done = subprocess.run(
         [*TORCHRUN, str(ROOT / "tests" / "two_ranks.py"), str(tiny_data), str(out)],
-        capture_output=True, text=True, timeout=300
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return out, json.loads((out / "report.json").read_text()), done.stdout
 
 
 @pytest.mark.parametrize("recipe", ["pool", "template"])
-def test_weights_averages_and_optimizer_are_the_same_on_all_ranks(two_ranks, recipe):
+def test_weights_averages_and_optimizer_agree_on_all_ranks(two_ranks, recipe):
     assert two_ranks[1][recipe]["same"]
 
 
@@ -49,7 +53,7 @@ def test_each_rank_has_windows_of_its_own(two_ranks, recipe):
 @pytest.mark.parametrize(
     "recipe, where", [("pool", "training"), ("pool", "validation"), ("template", "training")]
 )
-def test_a_signal_to_one_rank_stops_all_and_resume_gives_the_same_bits(two_ranks, recipe, where):
+def test_a_signal_to_one_rank_stops_all_and_resume_is_exact(two_ranks, recipe, where):
     out, report, _ = two_ranks
     assert report[recipe][where] == {"stopped": [True, True], "same": True}
     assert compare(out / f"{recipe} {where}", out / recipe) == []
@@ -64,7 +68,7 @@ def test_rank_0_alone_writes_and_speaks(two_ranks, tiny_run):
 
 
 def test_torchrun_on_the_command_line(tiny_data, tmp_path):
-    """SIGTERM to torchrun itself; the line says how to go on with torchrun."""
+    """SIGTERM to torchrun itself; the line says how to resume with torchrun."""
     folder, log = tmp_path / "run", tmp_path / "log"
     with open(log, "w") as file:
         agent = subprocess.Popen(
@@ -112,7 +116,7 @@ def test_several_gpus_without_torchrun(tiny_data, tmp_path, capsys, monkeypatch)
     assert not (tmp_path / "run").exists()
 
 
-def test_another_number_of_processes_is_said(tiny_data, two_ranks, tmp_path, capsys):
+def test_another_number_of_processes_is_reported(tiny_data, two_ranks, tmp_path, capsys):
     out, _, _ = two_ranks
     assert "LOCAL_WORLD_SIZE" not in os.environ
     status = in_process(

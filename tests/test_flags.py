@@ -1,6 +1,6 @@
-"""The flags: every one has a help and a checked range, what beats what, and the README's table of them.
+"""The flags: help, checked ranges, what beats what, and the README's table of them.
 
-python tests/test_flags.py          # prints the table for the README
+    PYTHONPATH=. python tests/test_flags.py     # prints the table for the README
 """
 
 import argparse
@@ -12,18 +12,10 @@ import sys
 import pytest
 import torch
 
-if __name__ != "__main__":
-    from conftest import ROOT, in_process
-else:
-    from pathlib import Path
-
-    ROOT = Path(__file__).resolve().parent.parent
-    sys.path.insert(0, str(ROOT))
-
-from utils import cli
-from utils import options
 import Tester
 import Trainer
+from conftest import ROOT, in_process
+from utils import cli, options
 
 PARSERS = {"Trainer": Trainer.build_parser, "Tester": Tester.build_parser}
 TEMPLATE = {
@@ -105,9 +97,8 @@ def test_values_out_of_range(dest, capsys):
             with pytest.raises(SystemExit) as stop:
                 build().parse_args([f"--{dest}={value}"])
             stderr = capsys.readouterr().err
-            assert stop.value.code == 2 and stderr.count("\n") == 1 and f"--{dest}" in stderr, (
-                value, stderr
-            )
+            assert stop.value.code == 2 and stderr.count("\n") == 1, (value, stderr)
+            assert f"--{dest}" in stderr, (value, stderr)
             assert stderr.startswith(f"{program}.py: error:")
 
 
@@ -199,7 +190,7 @@ def test_one_gpu_is_not_for_several_processes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("program", PARSERS)
-def test_a_flag_beats_the_recipe_and_the_recipe_beats_the_template(program):
+def test_a_flag_beats_the_recipe_which_beats_the_template(program):
     parse = PARSERS[program]().parse_args
     pool = options.RECIPES["pool"]
     # the recipe of the recommended command
@@ -234,24 +225,19 @@ def test_a_namespace_without_recipe_trains_the_templates_way():
 
 
 def shown(value):
-    return (
-        ("on" if value else "off")
-        if isinstance(value, bool)
-        else ""
-        if value is None
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "" if value is None else str(value)
 
 
 def table():
-    """The README's table: flag, the template's default, the pool recipe's where it differs, meaning."""
+    """Return the README's table: flag, template's default, pool recipe's default, meaning."""
     rows = ["| flag | default | pool | meaning |", "| --- | --- | --- | --- |"]
     for dest, action in ALL.items():
         pool = options.RECIPES["pool"].get(dest, action.default)
+        pool = shown(pool) if pool != action.default else ""
         meaning = action.help + (f" ({ONLY[dest]} only)" if dest in ONLY else "")
-        rows.append(
-            f"| `--{dest}` | {shown(action.default)} | {shown(pool) if pool != action.default else ''} | {meaning} |"
-        )
+        rows.append(f"| `--{dest}` | {shown(action.default)} | {pool} | {meaning} |")
     return "\n".join(re.sub(" +", " ", row) for row in rows)
 
 
@@ -262,7 +248,7 @@ def test_the_readme_has_every_flag_once_with_its_defaults():
     ]
     expected = table().splitlines()[2:]
     assert len(rows) == len({row.split("`")[1] for row in rows}), "a flag is in the table twice"
-    assert sorted(rows) == sorted(expected), "python tests/test_flags.py prints the table"
+    assert sorted(rows) == sorted(expected), "tests/test_flags.py prints the table"
 
 
 @pytest.mark.parametrize("script", [Trainer, Tester])

@@ -1,4 +1,7 @@
-"""fp16 with scaled losses, as GPUs without bf16 train. Here on a CPU, which computes the same, slowly."""
+"""fp16 with scaled losses, as GPUs without bf16 train.
+
+Here on a CPU, which computes the same, slowly.
+"""
 
 import signal
 
@@ -25,7 +28,7 @@ def fp16(monkeypatch):
 
 
 @pytest.mark.parametrize("optim", ["Adam", "Muon"])
-def test_a_gradient_that_overflows_halves_the_scale_and_changes_nothing(optim):
+def test_an_overflowing_gradient_only_halves_the_scale(optim):
     model = Trainer.VAE_Model(Trainer.build_parser().parse_args([*FLAGS, "--optim", optim]))
     img, label = torch.rand(2, 2, 4, 3, 8, 16, generator=torch.Generator().manual_seed(1))
     model.kl_annealing.get_beta = lambda: 0.0

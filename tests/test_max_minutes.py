@@ -43,7 +43,7 @@ def test_a_run_with_time_to_spare_is_left_alone(tiny_data, tiny_run, tmp_path):
 
 
 def test_a_fitted_run_has_the_whole_curves_even_in_one_epoch(tiny_data, tmp_path, monkeypatch):
-    """By a clock of its own, on which a step takes 0.1 s and nothing else any time: 35 of 64 steps fit."""
+    """By a clock on which a step takes 0.1 s and nothing else any time, 35 of 64 steps fit."""
     now, step = [0.0], Trainer.VAE_Model.training_one_step
 
     def timed(*args):
@@ -58,7 +58,7 @@ def test_a_fitted_run_has_the_whole_curves_even_in_one_epoch(tiny_data, tmp_path
     _, rows, last = run(tiny_data, tmp_path, *words)
     assert len(rows) == 1 and last["args"]["num_epoch"] == 1
     steps = list(csv.DictReader(open(tmp_path / "steps.csv", newline="", encoding="utf-8")))
-    ratios, betas, rates = ([float(row[name]) for row in steps] for name in ("tfr", "beta", "lr"))
+    ratios, betas, lrs = ([float(row[name]) for row in steps] for name in ("tfr", "beta", "lr"))
     done = [int(row["step"]) for row in steps]
     # sums of tenths are rounded
     assert done == list(range(done[0], len(done) + done[0])) and done[0] < 3
@@ -71,10 +71,10 @@ def test_a_fitted_run_has_the_whole_curves_even_in_one_epoch(tiny_data, tmp_path
         [2 * share % 1 if share < 1 else 1 for share in shares], abs=1e-6
     )
     assert ratios[0] == 1 and ratios[-1] == 0.035 and betas[0] < 0.1 and max(betas) > 0.9
-    assert rates[-1] < 0.02 * max(rates) and last["lr"] < 0.001 * max(rates)
+    assert lrs[-1] < 0.02 * max(lrs) and last["lr"] < 0.001 * max(lrs)
 
 
-def test_a_fitted_run_of_the_template_keeps_its_schedules_by_epoch(tiny_data, tmp_path):
+def test_a_fitted_template_run_has_schedules_by_epoch(tiny_data, tmp_path):
     _, rows, last = run(
         tiny_data, tmp_path, "--recipe", "template", "--train_vi_len", "4", "--num_epoch", "100000",
         "--max_minutes", "0.1"

@@ -1,4 +1,4 @@
-"""The frozen network: keys, shapes, order and outputs equal the reference figures in modules.json."""
+"""The frozen network: keys, shapes, order and outputs equal the figures in modules.json."""
 
 import json
 from pathlib import Path
@@ -32,11 +32,8 @@ def fill(module):
             tensor.fill_(1)
         else:
             fan_in = tensor[0].numel() if tensor.dim() >= 2 else 1
-            values = (
-                (fraction(0.6180339887, tensor.numel(), 0.3819660113 * (i + 1)) - 0.5)
-                * 2
-                / np.sqrt(fan_in)
-            )
+            values = fraction(0.6180339887, tensor.numel(), 0.3819660113 * (i + 1))
+            values = (values - 0.5) * 2 / np.sqrt(fan_in)
             tensor.copy_(torch.from_numpy(values).view(tensor.shape))
 
 

@@ -1,4 +1,7 @@
-"""SIGTERM, Ctrl-C and a lost terminal save and stop, in training and in validation, and what goes on from there ends with the same bits."""
+"""SIGTERM, Ctrl-C and a lost terminal save and stop, in training and in validation.
+
+A run that resumes from there ends bitwise identical.
+"""
 
 import os
 import shlex
@@ -111,7 +114,10 @@ def test_a_signal_while_decoding_leaves_nothing_behind(tiny_data, tmp_path, monk
 
 
 def start(data, folder, *flags, until):
-    """A run in a process group of its own, as a shell or `timeout` starts it, when its output has said `until`."""
+    """Start a run in a process group of its own, as a shell or `timeout` does.
+
+    Return when its log has `until`.
+    """
     command = [
         sys.executable, str(ROOT / "Trainer.py"), "--DR", str(data), "--save_root", str(folder),
         *TINY, *flags
@@ -128,7 +134,10 @@ def start(data, folder, *flags, until):
 
 
 def test_a_signal_to_the_whole_group(tiny_data, tmp_path):
-    """`timeout`, a terminal's Ctrl-C and batch systems signal the loader processes too; the run must still save."""
+    """`timeout`, a terminal's Ctrl-C and batch systems signal the loader processes too.
+
+    The run must still save.
+    """
     flags = (
         "--recipe", "template", "--train_vi_len", "2", "--no_cache", "--num_workers", "2",
         "--num_epoch", "1000"

@@ -1,4 +1,4 @@
-"""--tensorboard: scalars and the validation GIF of every epoch, and one line where the package is missing."""
+"""--tensorboard: scalars and GIF of every epoch, one line where the package is missing."""
 
 import csv
 import sys

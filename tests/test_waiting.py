@@ -1,4 +1,7 @@
-"""A training step on a GPU reads nothing back from it. Shown without a GPU, on tensors that have a shape and a device but no values."""
+"""A training step on a GPU reads nothing back from it.
+
+Shown without a GPU, on tensors that have a shape and a device but no values.
+"""
 
 from utils import frame_cache
 import pytest
@@ -16,7 +19,10 @@ READING = (
 
 
 class NoReading(TorchDispatchMode):
-    """Inside, a value read or copied from a GPU is an AssertionError; values of the CPU's tensors are all 0."""
+    """Inside, a value read or copied from a GPU is an AssertionError.
+
+    Values of the CPU's tensors are all 0.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -35,7 +41,10 @@ class NoReading(TorchDispatchMode):
 
 
 def on_a_gpu_without_values(model):
-    """Put a model's weights, and what it made of them, on a GPU that need not be there. Inside a FakeTensorMode."""
+    """Put a model's weights, and what it made of them, on a GPU that need not be there.
+
+    Inside a FakeTensorMode.
+    """
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
@@ -59,7 +68,10 @@ def give_gradients(model):
 
 @pytest.fixture(autouse=True)
 def values_are_not_needed():
-    """Skips where PyTorch asks the driver for the device of a tensor without values, as 2.6 does. What is kept without values is forgotten."""
+    """Skip where PyTorch asks the driver for the device of a tensor without values, as 2.6 does.
+
+    Afterwards forget what was kept without values.
+    """
     try:
         with FakeTensorMode():
             torch.ones(2, 3, 4, 4, device="cuda").contiguous(memory_format=torch.channels_last)
