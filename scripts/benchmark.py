@@ -55,8 +55,8 @@ from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder
 
 PARTS = ("data", "training", "pool", "rollout", "memory", "growth", "equality")
 DEMO_FRAMES, DEMO_SEQUENCE = 320, 64  # the least that the demo data hold
-DIMS = dict(F_dim=128, L_dim=32, N_dim=12, D_out_dim=192)
-TINY_DIMS = dict(F_dim=16, L_dim=4, N_dim=4, D_out_dim=16)
+DIMS = {"F_dim": 128, "L_dim": 32, "N_dim": 12, "D_out_dim": 192}
+TINY_DIMS = {"F_dim": 16, "L_dim": 4, "N_dim": 4, "D_out_dim": 16}
 EPOCH = 23_410  # training frames of the course's data
 # how many times as fast as the template's way ours is to be: on a CPU with AVX512-BF16, on any CPU
 # in fp32, on a data center's GPU
@@ -69,7 +69,7 @@ TARGETS = {"bf16": {"data": 50, "teacher forcing": 2.5, "own frames": 2.3, "pool
 # ---------------------------------------------------------------- the template's way
 
 class TemplateVideo(Dataset):
-    """Windows of frames and poses; an image is read, resized and converted whenever it is used."""
+    """Hold windows of frames and poses; read, resize and convert an image whenever it is used."""
 
     def __init__(self, root, frame_H, frame_W, video_len):
         self.frames, self.labels = list_pairs(root, "train")
@@ -89,7 +89,7 @@ class TemplateVideo(Dataset):
 
 
 class TemplateModel(nn.Module):
-    """The five networks, driven as the template drives them: by scripts/reference_loop.py."""
+    """Drive the five networks as the template does: by scripts/reference_loop.py."""
 
     def __init__(self, args):
         super().__init__()
@@ -120,7 +120,7 @@ class TemplateModel(nn.Module):
 # ---------------------------------------------------------------- ours
 
 def our_model(args, recipe="template", **flags):
-    """Our VAE_Model with the benchmark's device, precision and sizes."""
+    """Return our VAE_Model with the benchmark's device, precision and sizes."""
     words = ["--recipe", recipe, "--device", args.device, "--precision", args.precision,
              "--kl_anneal_type", "None"]
     for name in (*DIMS, "frame_H", "frame_W"):
@@ -131,7 +131,7 @@ def our_model(args, recipe="template", **flags):
 
 
 def template_model(args, model):
-    """The template's loop with a copy of our model's weights."""
+    """Return the template's loop with a copy of our model's weights."""
     template = TemplateModel(args)
     weights = {name: value.contiguous() for name, value in network_state(model).items()}
     template.load_state_dict(weights, strict=True)
@@ -139,7 +139,7 @@ def template_model(args, model):
 
 
 def compiled(args, **flags):
-    """Our model with its networks compiled, as Trainer.py --compile does it."""
+    """Return our model with its networks compiled, as Trainer.py --compile does it."""
     model = our_model(args, **flags)
     mark_for_compiling(model)
     return model
@@ -164,7 +164,7 @@ def pool_step(model):
 
 @contextmanager
 def plain_cuda():
-    """Inside, the settings that PyTorch starts with; the template never touches them."""
+    """Use the settings that PyTorch starts with; the template never touches them."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.benchmark
     matmul.allow_tf32, cudnn.benchmark = False, False
@@ -175,7 +175,7 @@ def plain_cuda():
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts PyTorch's operations, views aside; on a GPU the host launches each."""
+    """Count PyTorch's operations, views aside; on a GPU the host launches each."""
 
     def __init__(self):
         super().__init__()
@@ -193,7 +193,7 @@ def wait(device):
 
 
 class Bench:
-    """What every part needs: the flags, the pictures, the bar, and where the figures go."""
+    """Hold what every part needs: the flags, the images, the bar, and where the figures go."""
 
     def __init__(self, args, root, folder):
         self.args, self.root, self.folder = args, root, folder
@@ -206,7 +206,7 @@ class Bench:
         self.targets = TARGETS["cuda" if args.device.startswith("cuda") else kind]
 
     def windows(self, batch, length, shape=None):
-        """Frames and poses (batch, length, 3, H, W), float32 in [0, 1]: the first ones, cycled."""
+        """Return the first frames and poses, cycled: (batch, length, 3, H, W), in [0, 1]."""
         H, W = shape or (self.args.frame_H, self.args.frame_W)
         transform, index = frame_transform(H, W), [i % self.count for i in range(batch * length)]
         images = [torch.stack([transform(read_image(paths[i])) for i in sorted(set(index))])
@@ -214,14 +214,14 @@ class Bench:
         return tuple(x[torch.tensor(index)].unflatten(0, (batch, length)) for x in images)
 
     def alternate(self, name, ways, frames=0, target=None, runs=None):
-        """Time the ways {label: function without arguments} in turn: A B A B ...
+        """Time the ways {label: function without arguments} alternately: A B A B ...
 
         The first call of each does not count. frames: how many frames a call works
         through. target: how many times as fast as "template" "ours" is to be. Where torch.compile
-        does not work, "compiled" is left out with a line that says so.
+        does not work, "compiled" is left out with a warning.
         """
         seconds, first = {label: [] for label in ways}, {}
-        for turn in range((runs or self.args.runs) + 1):
+        for call in range((runs or self.args.runs) + 1):
             for label in list(seconds):
                 began = time.perf_counter()
                 try:
@@ -237,7 +237,7 @@ class Bench:
                     continue
                 spent = time.perf_counter() - began
                 self.advance(name)
-                if turn:
+                if call:
                     seconds[label].append(spent)
                 else:
                     first[label] = spent
@@ -255,7 +255,7 @@ class Bench:
         return row
 
     def advance(self, name):
-        """Another call is done: say so on the bar."""
+        """Show on the bar that another call is done."""
         if self.bar is not None:
             self.bar.set_postfix_str(name, refresh=False)
             self.bar.update()
@@ -263,7 +263,7 @@ class Bench:
     # ------------------------------------------------------------ the parts
 
     def data(self):
-        """Reading an epoch of windows onto the device."""
+        """Time reading an epoch of windows onto the device."""
         args = self.args
         workers = min(4, os.cpu_count() or 1)  # the template's 4, where there are cores for them
         length = args.train_vi_len
@@ -281,13 +281,13 @@ class Bench:
         dataset = Dataset_Dance(self.root, None, "train", length, frames=frames)
         ours = WindowLoader(dataset, args.batch_size)
         equal = [torch.equal(x, y.cpu()) for x, y in zip(next(iter(template)), next(iter(ours)))]
-        self.extra["batches are equal to the bit"] = all(equal)
+        self.extra["batches are bitwise identical"] = all(equal)
         count = len(ours) * args.batch_size * length
         ways = {"template": lambda: read(template), "ours": lambda: read(ours)}
         self.alternate(f"data: an epoch of {count} frames", ways, count, self.targets["data"])
 
     def training(self):
-        """Steps with teacher forcing and without, and the arithmetic in them."""
+        """Time steps with teacher forcing and without, and count the arithmetic in them."""
         args = self.args
         img, label = self.windows(args.batch_size, args.train_vi_len)
         ours = our_model(args)
@@ -305,7 +305,7 @@ class Bench:
             self.count_work(row, models, step)
 
     def pool(self):
-        """The step of the default recipe: rollouts drawn, a frame of each predicted, put back."""
+        """Time the default recipe's step: draw rollouts, predict a frame of each, put back."""
         args = self.args
         frames = Frames(self.root, "train", args.frame_H, args.frame_W, self.folder)
         frames = frames.to(args.device)
@@ -324,7 +324,7 @@ class Bench:
         self.count_work(row, {who: who for who in ("template", "ours")}, lambda who: ways[who]())
 
     def rollout(self):
-        """Five sequences from their first frames and poses."""
+        """Time the rollout of five sequences from their first frames and poses."""
         args = self.args
         transform, length = frame_transform(args.frame_H, args.frame_W), args.rollout_frames + 1
         sequences = list_test_sequences(self.root)[:5]
@@ -360,7 +360,7 @@ class Bench:
             row["share_of_peak"][who] = row["gflop"][who] / median / self.peak[used]
 
     def measure_peaks(self):
-        """The matmul peak of each precision that a row needs, in GFLOP/s."""
+        """Measure the matmul peak of each precision that a row needs, in GFLOP/s."""
         device = self.args.device
         with plain_cuda():
             peaks = {"fp32": matmul_peak(torch.float32, device)}
@@ -372,7 +372,7 @@ class Bench:
         return peaks
 
     def memory(self):
-        """Peak memory that a training step adds, each in a fresh process (in this one on CUDA)."""
+        """Measure the peak memory of a training step, in a fresh process (on CUDA in this one)."""
         args, rows = self.args, []
         for who, length in self.memory_cases():
             measure = memory_of if args.device.startswith("cuda") else memory_in_a_process
@@ -381,14 +381,14 @@ class Bench:
         self.extra["memory"] = rows
 
     def memory_cases(self):
-        """Whose step, at which window."""
+        """Return whose step is measured, at which window."""
         T = self.args.train_vi_len
         lengths = [T] if self.args.quick else [T // 2, T, 2 * T]
         ours = "ours", "ours with --checkpoint_steps"
         return [("template", T), *((who, length) for who in ours for length in lengths)]
 
     def growth(self):
-        """How a step of ours grows with batch, window and frame size, and the fastest batch."""
+        """Time how a step of ours grows with batch, window and frame, and the fastest batch."""
         model, rows, known = our_model(self.args), [], {}
         for what, value, size in self.sizes():
             b, t, h, w = size
@@ -413,7 +413,7 @@ class Bench:
         self.extra["growth"] = rows
 
     def sizes(self):
-        """What grows: (name, value, (batch, window, height, width)), around the size asked for."""
+        """Return what grows, around the size asked for: (name, value, (batch, window, H, W))."""
         args = self.args
         B, T, H, W = args.batch_size, args.train_vi_len, args.frame_H, args.frame_W
         factors = (0.5, 1, 2, 4) + ((8, 16, 32) if args.device.startswith("cuda") else ())
@@ -425,7 +425,7 @@ class Bench:
                 *(("frame", f"{h}x{w}", (B, T, h, w)) for h, w in frames)]
 
     def best_batch(self):
-        """The lines that say which batch trains most frames a second, beside the template's own."""
+        """Return lines on the batch that trains most frames a second, beside the template's."""
         lines, batches = [], [row for row in self.extra["growth"] if row["what"] == "batch"]
         for name in ("teacher forcing", "own frames") if batches else ():
             best = max(batches, key=lambda row: row["frames"] / row[name])
@@ -441,7 +441,7 @@ class Bench:
         return lines
 
     def equality(self):
-        """Losses, gradients and frames of both ways in float32, BatchNorm on running statistics."""
+        """Compare losses, gradients and frames in float32, BatchNorm on running statistics."""
         args, rows = copy.copy(self.args), {}
         args.precision = "fp32"
         img, label = (x.to(args.device) for x in self.windows(args.batch_size, args.train_vi_len))
@@ -472,7 +472,7 @@ class Bench:
 
 @contextmanager
 def exact_convolutions():
-    """Inside, convolutions on CUDA keep the whole float32: TF32 would hide what is compared."""
+    """Keep the whole float32 in convolutions on CUDA: TF32 would hide what is compared."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
@@ -493,7 +493,7 @@ def same_noise(predictor, noise):
 
 
 def matmul_peak(dtype, device):
-    """The highest rate of a matrix product here, in GFLOP/s, of several sizes and runs."""
+    """Return the highest rate of a matrix product here, in GFLOP/s, of several sizes and runs."""
     best = 0.0
     for size in (512, 1024, 2048) + ((4096, 8192) if device.startswith("cuda") else ()):
         a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
@@ -509,7 +509,7 @@ def matmul_peak(dtype, device):
 # ---------------------------------------------------------------- peak memory
 
 def highest_memory():
-    """The most memory this process had so far, in MB."""
+    """Return the most memory this process had so far, in MB."""
     try:  # ru_maxrss of a child starts at what its parent had; this line of Linux does not
         status = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1e3
@@ -519,7 +519,7 @@ def highest_memory():
 
 
 def memory_of(args, who, length):
-    """The memory in MB that a first training step, without teacher forcing, adds at its peak."""
+    """Return the MB that a first training step, without teacher forcing, adds at its peak."""
     flags = {"checkpoint_steps": True} if who.endswith("checkpoint_steps") else {}
     ours = our_model(args, **flags)
     model = template_model(args, ours) if who == "template" else ours
@@ -538,7 +538,7 @@ def memory_of(args, who, length):
 
 
 def memory_in_a_process(args, who, length):
-    """memory_of in a Python of its own, as a process keeps memory that it once had."""
+    """Run memory_of in a Python of its own, as a process keeps memory that it once had."""
     settings = {**vars(args), "json": None}
     code = "import argparse, json, sys; sys.path[:0] = [sys.argv[1]]; import benchmark as b; " \
            "args = argparse.Namespace(**json.loads(sys.argv[2])); " \
@@ -552,7 +552,7 @@ def memory_in_a_process(args, who, length):
 # ---------------------------------------------------------------- the machine and the tables
 
 def machine(device):
-    """What the figures belong to."""
+    """Return what the figures belong to: processor, GPU, threads and versions."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -573,7 +573,7 @@ def machine(device):
 
 
 def seconds_text(values):
-    """Median (min-max), in a unit that suits it."""
+    """Return median (min-max), in a unit that suits it."""
     unit, scale = ("ms", 1e3) if statistics.median(values) < 0.1 else ("s", 1)
     figures = statistics.median(values), min(values), max(values)
     middle, low, high = (f"{x * scale:.3g}" for x in figures)
@@ -581,12 +581,12 @@ def seconds_text(values):
 
 
 def table(*names):
-    """The first two lines of a Markdown table, after an empty one."""
+    """Return the first two lines of a Markdown table, after an empty one."""
     return ["", "| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
 
 
 def timing_lines(bench):
-    """The table of times, and that of the arithmetic in them."""
+    """Return the table of times, and the table of the arithmetic in them."""
     if not bench.timings:
         return []
     lines = table("work", "template-style", "ours", "times as fast", "target")
@@ -612,19 +612,19 @@ def timing_lines(bench):
 
 
 def growth_lines(bench):
-    """The table of how a step grows, and the fastest batch."""
+    """Return the table of how a step grows, and the fastest batch."""
     lines = table("ours, growing", "batch", "window", "frame", "teacher forcing, s",
                   "own frames, s", "ms a frame", "ms a frame")
     for row in bench.extra["growth"]:
-        taught, own = row["teacher forcing"], row["own frames"]
+        forced, own = row["teacher forcing"], row["own frames"]
         lines.append(f"| {row['what']} {row['value']} | {row['batch']} | {row['window']} "
-                     f"| {row['frame']} | {taught:.3g} | {own:.3g} "
-                     f"| {1e3 * taught / row['frames']:.3g} | {1e3 * own / row['frames']:.3g} |")
+                     f"| {row['frame']} | {forced:.3g} | {own:.3g} "
+                     f"| {1e3 * forced / row['frames']:.3g} | {1e3 * own / row['frames']:.3g} |")
     return [*lines, "", *bench.best_batch()]
 
 
 def markdown(bench):
-    """The tables of docs/PERFORMANCE.md, as lines."""
+    """Return the tables of docs/PERFORMANCE.md, as lines."""
     args, extra = bench.args, bench.extra
     lines = table("machine", "") + [f"| {k} | {v} |" for k, v in machine(args.device).items()]
     lines += [f"| ours in | {bench.precision} |", f"| timed runs a row | {args.runs} |"]
@@ -641,7 +641,7 @@ def markdown(bench):
         lines += table("equality in fp32, BatchNorm on running statistics", "relative difference")
         lines += [f"| {name} | {value:.1e} |" for name, value in extra["equality"].items()]
     if "seconds of decoding once" in extra:
-        equal = "equal to the bit" if extra["batches are equal to the bit"] else "NOT EQUAL"
+        equal = "bitwise identical" if extra["batches are bitwise identical"] else "NOT EQUAL"
         lines += ["", f"The first epoch decodes {bench.count} frames and poses once: "
                       f"{extra['seconds of decoding once']:.1f} s. Batches are {equal}."]
     if args.quick:
@@ -687,14 +687,14 @@ def sized(args):
 
 
 def measure(args, root, folder):
-    """Run the parts that were asked for; returns the Bench with their figures."""
+    """Run the parts that were asked for; return the Bench with their figures."""
     bench = Bench(args, root, folder)
     if bench.count < args.batch_size * args.train_vi_len:
         raise UserError(f"--batch_size {args.batch_size}: {root} holds {bench.count} training "
                         f"frames; expected {args.batch_size} windows of {args.train_vi_len}")
-    ways, turns, sizes = 2 + args.compile, args.runs + 1, len({size for *_, size in bench.sizes()})
-    calls = {"data": 2 * turns, "training": 2 * ways * turns, "pool": ways * (4 * args.runs + 1),
-             "rollout": ways * turns, "memory": len(bench.memory_cases()),
+    ways, rounds, sizes = 2 + args.compile, args.runs + 1, len({size for *_, size in bench.sizes()})
+    calls = {"data": 2 * rounds, "training": 2 * ways * rounds, "pool": ways * (4 * args.runs + 1),
+             "rollout": ways * rounds, "memory": len(bench.memory_cases()),
              "growth": 2 * (max(1, args.runs // 2) + 1) * sizes, "equality": 0}
     chosen = [part for part in PARTS if part in args.only]
     total = sum(calls[part] for part in chosen)

@@ -1,9 +1,9 @@
-"""The two parts of scripts/gpu_check.sh that need Python: a profile, and the summary of all steps.
+"""Profile training steps, and summarize all steps of scripts/gpu_check.sh.
 
     python scripts/gpu_report.py profile OUT   # OUT/profile.json, and traces for a browser
     python scripts/gpu_report.py summary OUT   # OUT/summary.json and OUT/summary.md
 
-GPU_CHECK_DEVICE (default cuda) says where; on a CPU sizes are tiny and operations stand for
+GPU_CHECK_DEVICE (default cuda) is the device; on a CPU sizes are tiny and operations stand for
 kernels.
 """
 
@@ -134,7 +134,7 @@ def read_tests(out):
 
 
 def read_training(folder):
-    """Return the rows of a run's history that say what it cost and scored."""
+    """Return the rows of a run's history that hold what it cost and scored."""
     try:
         with open(folder / "history.csv", encoding="utf-8") as table:
             rows = list(csv.DictReader(table))

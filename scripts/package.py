@@ -134,7 +134,7 @@ def check_report(path):
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"--report {path}: cannot be read ({error.strerror})")
+        raise UserError(f"--report {path}: cannot be read ({error.strerror})") from None
     if not content:
         raise UserError(f"--report {path}: is empty")
     # readers accept the header anywhere in the first 1024 bytes, and the trailer in the last

@@ -1,4 +1,4 @@
-"""What the tests share: the repository on the path, a tiny data set, tiny sizes, and a way to run a command."""
+"""What the tests share: tiny data, tiny sizes, and ways to run a command."""
 
 import os
 import subprocess
@@ -7,25 +7,33 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks of the tests are too small to share out
+# the networks of the tests are too small to share out
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # flags that make a run take a second
-TINY = ["--frame_H", "16", "--frame_W", "32", "--F_dim", "16", "--L_dim", "8", "--N_dim", "4", "--D_out_dim", "16",
-        "--val_vi_len", "20", "--num_epoch", "2", "--device", "cpu", "--precision", "fp32"]
+TINY = [
+    "--frame_H", "16", "--frame_W", "32", "--F_dim", "16", "--L_dim", "8", "--N_dim", "4",
+    "--D_out_dim", "16", "--val_vi_len", "20", "--num_epoch", "2", "--device", "cpu",
+    "--precision", "fp32"
+]
 
 
 def run_cli(script, *args, timeout=120, **options):
-    """`python script args...` as a CompletedProcess with text; script is relative to the repository."""
+    """Run `python script args...`, script relative to the repository; its output is text."""
     environment = {**os.environ, **options.pop("env", {})}
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
-                          timeout=timeout, env=environment, **options)
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        capture_output=True, text=True, timeout=timeout, env=environment, **options
+    )
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """Demo data: 64 training frames in four clips, 20 to validate, five test sequences of 20 poses. Not to be changed."""
+    """Demo data, not to be changed: 64 training frames in four clips, 20 frames to validate,
+    five test sequences of 20 poses.
+    """
     out = tmp_path_factory.mktemp("data") / "tiny"
     done = run_cli("scripts/make_demo_data.py", out, "--train_frames", 64, "--sequence_frames", 20)
     assert done.returncode == 0, done.stderr
@@ -43,7 +51,10 @@ def tiny_run(tiny_data, tmp_path_factory):
 
 
 def in_process(main, *args):
-    """The exit status of a command's `main`, run in this process, which spares the seconds that importing torch takes."""
+    """Return the exit status of a command's `main`, run in this process.
+
+    That spares the seconds that importing torch takes.
+    """
     from utils import cli
 
     with pytest.raises(SystemExit) as ended:

@@ -134,15 +134,15 @@ def made_up_frame(t, size=(64, 32)):
     Pillow merges them.
     """
     w, h = size
-    picture = Image.new("RGB", (3 * w, h), "black")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (3 * w, h), "black")
+    draw = ImageDraw.Draw(image)
     x = (t - (t % 3 == 1)) % w
     draw.line([(x, 4), (x, 26)], fill=(255, 200, 0), width=2)
     draw.rectangle([w, 0, 2 * w - 1, h], fill=(60, 90, 160))
     draw.ellipse([w + x - 5, 8, w + x + 5, 26], fill=(220, 180, 150))
     draw.rectangle([2 * w, 0, 3 * w, h], fill=(50, 80, 170))
     draw.ellipse([2 * w + x - 5, 6, 2 * w + x + 5, 27], fill=(230, 190, 150))
-    return picture
+    return image
 
 
 def make_gif(path, ticks):
@@ -150,5 +150,5 @@ def make_gif(path, ticks):
     frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=40, loop=0)
 
 
-def to_array(picture):
-    return np.asarray(picture).astype(int)
+def to_array(image):
+    return np.asarray(image).astype(int)

@@ -1,19 +1,25 @@
-"""scripts/ablate.py: settings at the same number of frames, results in a CSV, nothing run or written twice."""
+"""scripts/ablate.py: equal numbers of frames, results in a CSV, nothing run or written twice."""
 
 import csv
-import sys
 
-from conftest import ROOT, TINY, in_process, run_cli
-
-sys.path.insert(0, str(ROOT / "scripts"))
 import ablate
+from conftest import TINY, in_process, run_cli
 
-SIZES = [word for flag in ("--frame_H", "--frame_W", "--F_dim", "--L_dim", "--N_dim", "--D_out_dim", "--val_vi_len", "--device", "--precision")
-         for word in (flag, TINY[TINY.index(flag) + 1])]
+SIZES = [
+    word
+    for flag in (
+        "--frame_H", "--frame_W", "--F_dim", "--L_dim", "--N_dim", "--D_out_dim", "--val_vi_len",
+        "--device", "--precision"
+    )
+    for word in (flag, TINY[TINY.index(flag) + 1])
+]
 
 
 def run_ablate(data, tmp_path, *words):
-    return run_cli("scripts/ablate.py", data, tmp_path / "runs", *words, "--csv", tmp_path / "ablation.csv", *SIZES, timeout=400)
+    return run_cli(
+        "scripts/ablate.py", data, tmp_path / "runs", *words, "--csv", tmp_path / "ablation.csv",
+        *SIZES, timeout=400
+    )
 
 
 def test_settings_at_equal_frames(tiny_data, tmp_path):
@@ -22,8 +28,11 @@ def test_settings_at_equal_frames(tiny_data, tmp_path):
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "ablation.csv").read_text()
     rows = list(csv.DictReader(table.splitlines()))
-    assert [(row["setting"], row["epoch"]) for row in rows] == [("pool", "0"), ("pool", "1"), ("template+batch_1", "0"), ("template+batch_1", "1")]
-    assert [row["frames"] for row in rows] == ["32", "64", "30", "60"]  # 2 windows of 16 an epoch, 15 of them predicted
+    assert [(row["setting"], row["epoch"]) for row in rows] == [
+        ("pool", "0"), ("pool", "1"), ("template+batch_1", "0"), ("template+batch_1", "1")
+    ]
+    # 2 windows of 16 an epoch, 15 of them predicted
+    assert [row["frames"] for row in rows] == ["32", "64", "30", "60"]
     assert all(0 < float(row["psnr_min"]) <= float(row["psnr_mean"]) for row in rows)
     assert "template+batch_1" in done.stdout
 
@@ -33,15 +42,26 @@ def test_settings_at_equal_frames(tiny_data, tmp_path):
 
 
 def test_errors(tiny_data, tmp_path, capfd):
-    for words, named in ((["pool"], "--frames"), (["nothing", "--frames", 64], "SETTING nothing"), (["pool", "--frames", 64, "--lr", "-1"], "--lr")):
-        assert in_process(ablate.main, tiny_data, tmp_path / "runs", *words, "--csv", tmp_path / "ablation.csv", *SIZES) == 2
+    for words, named in (
+        (["pool"], "--frames"),
+        (["nothing", "--frames", 64], "SETTING nothing"),
+        (["pool", "--frames", 64, "--lr", "-1"], "--lr"),
+    ):
+        status = in_process(
+            ablate.main, tiny_data, tmp_path / "runs", *words, "--csv", tmp_path / "ablation.csv",
+            *SIZES
+        )
+        assert status == 2
         err = capfd.readouterr().err
         assert named in err and "Traceback" not in err
     assert not (tmp_path / "ablation.csv").exists()
 
 
 def test_runs_of_other_flags_are_not_taken_for_these(tiny_data, tmp_path, capfd):
-    words = [tiny_data, tmp_path / "runs", "pool", "--frames", 32, "--points", 1, "--csv", tmp_path / "ablation.csv", *SIZES]
+    words = [
+        tiny_data, tmp_path / "runs", "pool", "--frames", 32, "--points", 1,
+        "--csv", tmp_path / "ablation.csv", *SIZES
+    ]
     assert in_process(ablate.main, *words) == 0
     table = (tmp_path / "ablation.csv").read_text()
     for more, flag in ((["--lr", "1e-6"], "--lr"), (["--points", 2], "--num_epoch")):
@@ -51,10 +71,13 @@ def test_runs_of_other_flags_are_not_taken_for_these(tiny_data, tmp_path, capfd)
     assert (tmp_path / "ablation.csv").read_text() == table
 
 
-def test_a_table_that_cannot_be_added_to_is_said_before_the_runs(tiny_data, tmp_path, capfd):
+def test_a_table_that_cannot_be_written_is_an_error_first(tiny_data, tmp_path, capfd):
     (tmp_path / "file").write_text("setting,psnr\npool,30\n")
     for path in (tmp_path, tmp_path / "file", tmp_path / "file" / "in.csv"):
-        assert in_process(ablate.main, tiny_data, tmp_path / "runs", "pool", "--frames", 32, "--csv", path, *SIZES) == 2
+        status = in_process(
+            ablate.main, tiny_data, tmp_path / "runs", "pool", "--frames", 32, "--csv", path, *SIZES
+        )
+        assert status == 2
         err = capfd.readouterr().err
         assert "--csv" in err and "Traceback" not in err
     assert not (tmp_path / "runs").exists()

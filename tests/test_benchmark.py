@@ -4,15 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import benchmark
 import pytest
+from conftest import ROOT
 
 from utils.cli import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import benchmark
 
 
 def run_benchmark(*flags):
@@ -44,7 +41,7 @@ def test_every_part_runs_and_both_ways_agree(tmp_path):
     assert len(operations) == 4 and all(0 < row["ours"] < row["template"] for row in operations)
     assert 0 < found["matmul_peak_gflops"]["fp32"]
 
-    assert found["batches are equal to the bit"]
+    assert found["batches are bitwise identical"]
     assert len(found["equality"]) == 5 and max(found["equality"].values()) < 1e-5
     assert [row["window"] for row in found["memory"]] == [4, 4, 4]
     assert all(row["MB"] >= 0 for row in found["memory"])

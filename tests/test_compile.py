@@ -16,12 +16,17 @@ def trained(flags, compiled):
     model = Trainer.VAE_Model(Trainer.build_parser().parse_args([*TINY, *flags]))
     if compiled:
         mark_for_compiling(model)
-    img, label = torch.rand(2, 2, model.args.train_vi_len, 3, 16, 32, generator=torch.Generator().manual_seed(0))
+    img, label = torch.rand(
+        2, 2, model.args.train_vi_len, 3, 16, 32, generator=torch.Generator().manual_seed(0)
+    )
     torch.manual_seed(0)
-    losses = [model.training_one_step(img, label, taught) for taught in (True, False)]
+    losses = [model.training_one_step(img, label, forced) for forced in (True, False)]
     graphs = counters["stats"]["unique_graphs"]
     with torch.no_grad():
-        return graphs, torch.stack(losses), model.rollout(img[:1, 0], label[:1, :1].expand(1, 4, -1, -1, -1))
+        return (
+            graphs, torch.stack(losses),
+            model.rollout(img[:1, 0], label[:1, :1].expand(1, 4, -1, -1, -1))
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +36,16 @@ def plain_backend(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     settings = torch._dynamo.config
-    with settings.patch(suppress_errors=False, optimize_ddp=settings.optimize_ddp, cache_size_limit=settings.cache_size_limit):
+    with settings.patch(
+        suppress_errors=False, optimize_ddp=settings.optimize_ddp,
+        cache_size_limit=settings.cache_size_limit
+    ):
         yield
 
 
-@pytest.mark.parametrize("flags", [["--train_vi_len", "2"], ["--recipe", "template", "--train_vi_len", "3"]])
+@pytest.mark.parametrize(
+    "flags", [["--train_vi_len", "2"], ["--recipe", "template", "--train_vi_len", "3"]]
+)
 def test_each_network_is_one_graph(flags):
     graphs, losses, frames = trained(flags, compiled=True)
     if flags[1] == "2":  # longer windows meet other sizes
@@ -53,7 +63,7 @@ def test_nothing_is_compiled_unless_asked():
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_training_has_its_networks_compiled(precision, tiny_data, tmp_path, monkeypatch, capsys):
-    """Also in fp16, where the poses of noise that it is tried on give frames that are not finite."""
+    """Also in fp16, where poses of noise, on which --compile is tried, give infinite frames."""
     monkeypatch.setattr(Trainer, "pick_precision", lambda *_: (precision, precision))
     small = ["--frame_H", "8", "--frame_W", "16", "--num_epoch", "1", "--batch_size", "8"]
     words = ["--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, *small, "--compile"]
@@ -63,7 +73,7 @@ def test_training_has_its_networks_compiled(precision, tiny_data, tmp_path, monk
     assert counters["stats"]["unique_graphs"] >= len(COMPILED)
 
 
-def test_without_a_compiler_training_goes_on(tiny_data, tmp_path, monkeypatch, capsys):
+def test_without_a_compiler_training_continues(tiny_data, tmp_path, monkeypatch, capsys):
     def broken(*_):
         raise ImportError("no compiler")
 

@@ -1,4 +1,4 @@
-"""Pictures to batches: order, windows, the three modes, the cache that is bit for bit the same, and cuts."""
+"""From images to batches: order, windows, three modes, a bitwise identical cache, and cuts."""
 
 import multiprocessing
 import os
@@ -21,13 +21,16 @@ COUNT = 23  # 12 comes before 2 in the alphabet
 
 
 def shade(number):
-    """A picture that tells its number from every other's, as ToTensor gives it."""
+    """An image that tells its number from every other's, as ToTensor gives it."""
     return number / 255
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Frames whose pixels are their number, poses 100 more; 23 to train, 5 to validate, three test sequences of 6."""
+    """Frames whose pixels are their number, poses 100 more.
+
+    23 to train, 5 to validate, three test sequences of 6.
+    """
     root = tmp_path / "data"
 
     def write(folder, numbers, add=0):
@@ -45,10 +48,10 @@ def data(tmp_path):
     return root
 
 
-def numbers(pictures, add=0):
-    """The numbers of pictures (..., 3, H, W)."""
-    assert torch.equal(pictures.amin((-3, -2, -1)), pictures.amax((-3, -2, -1)))
-    return (pictures[..., 0, 0, 0] * 255).round().int().sub(add).tolist()
+def numbers(images, add=0):
+    """The numbers of images (..., 3, H, W)."""
+    assert torch.equal(images.amin((-3, -2, -1)), images.amax((-3, -2, -1)))
+    return (images[..., 0, 0, 0] * 255).round().int().sub(add).tolist()
 
 
 @pytest.fixture
@@ -58,21 +61,27 @@ def noise(tmp_path):
     for folder in ("train_img", "train_label"):
         (tmp_path / "noise/train" / folder).mkdir(parents=True)
         for i in range(9):
-            Image.fromarray(rng.integers(0, 256, (37, 91, 3), dtype=np.uint8)).save(tmp_path / "noise/train" / folder / f"{i}.png")
+            Image.fromarray(rng.integers(0, 256, (37, 91, 3), dtype=np.uint8)).save(
+                tmp_path / "noise/train" / folder / f"{i}.png"
+            )
     return tmp_path / "noise"
 
 
 # ---------------------------------------------------------------- the template's interface
 
-@pytest.mark.parametrize("video_len, partial, windows", [
-    (7, 1.0, 3), (1, 1.0, 23), (23, 1.0, 1), (4, 0.5, 2), (11, 0.5, 1), (5, 0.99, 4)])
+
+@pytest.mark.parametrize(
+    "video_len, partial, windows",
+    [(7, 1.0, 3), (1, 1.0, 23), (23, 1.0, 1), (4, 0.5, 2), (11, 0.5, 1), (5, 0.99, 4)],
+)
 def test_windows_in_numeric_order(data, video_len, partial, windows):
     dataset = Dataset_Dance(data, transforms.ToTensor(), "train", video_len, partial)
     assert len(dataset) == windows == int(COUNT * partial) // video_len
     for i in range(windows):
         imgs, labels = dataset[i]
         assert imgs.shape == labels.shape == (video_len, 3, 10, 20) and imgs.dtype == torch.float32
-        assert numbers(imgs) == list(range(i * video_len, (i + 1) * video_len)) == numbers(labels, 100)
+        expected = list(range(i * video_len, (i + 1) * video_len))
+        assert numbers(imgs) == expected == numbers(labels, 100)
     with pytest.raises(IndexError):
         dataset[windows]
     assert len(list(dataset)) == windows  # a for loop ends
@@ -95,10 +104,14 @@ def test_test_mode(data):
 
 
 def test_any_torchvision_transform(data):
+    normalized = transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)
     for transform, shape in [
-            (transforms.ToTensor(), (3, 10, 20)), (transforms.Compose([transforms.Grayscale(), transforms.ToTensor()]), (1, 10, 20)),
-            (transforms.PILToTensor(), (3, 10, 20)), (v2.Compose([v2.ToImage(), v2.Resize((4, 4)), v2.ToDtype(torch.float32)]), (3, 4, 4)),
-            (transforms.Compose([transforms.RandomCrop(8), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]), (3, 8, 8))]:
+        (transforms.ToTensor(), (3, 10, 20)),
+        (transforms.Compose([transforms.Grayscale(), transforms.ToTensor()]), (1, 10, 20)),
+        (transforms.PILToTensor(), (3, 10, 20)),
+        (v2.Compose([v2.ToImage(), v2.Resize((4, 4)), v2.ToDtype(torch.float32)]), (3, 4, 4)),
+        (transforms.Compose([transforms.RandomCrop(8), *normalized]), (3, 8, 8)),
+    ]:
         imgs, labels = Dataset_Dance(data, transform, "train", 3)[1]
         assert imgs.shape == labels.shape == (3, *shape)
 
@@ -107,10 +120,13 @@ def test_any_torchvision_transform(data):
 def test_in_a_data_loader(data, workers):
     dataset = Dataset_Dance(data, frame_transform(4, 8), "train", 7)
     batches = list(DataLoader(dataset, 2, num_workers=workers, drop_last=True))
-    assert len(batches) == 1 and numbers(batches[0][0]) == [list(range(7)), list(range(7, 14))] == numbers(batches[0][1], 100)
+    assert len(batches) == 1
+    expected = [list(range(7)), list(range(7, 14))]
+    assert numbers(batches[0][0]) == expected == numbers(batches[0][1], 100)
 
 
 # ---------------------------------------------------------------- the cache
+
 
 def stored(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*")}
@@ -137,21 +153,27 @@ def test_cached_batches_equal_resize_and_to_tensor(noise):
 
 def test_every_value_of_a_byte_is_what_to_tensor_gives():
     every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
-    assert torch.equal(to_float(torch.from_numpy(every).permute(2, 0, 1)), transforms.ToTensor()(Image.fromarray(every)))
+    assert torch.equal(
+        to_float(torch.from_numpy(every).permute(2, 0, 1)),
+        transforms.ToTensor()(Image.fromarray(every)),
+    )
 
 
-def test_the_cache_is_made_once_and_again_when_a_picture_changes(noise):
+def test_the_cache_is_remade_when_an_image_changes(noise):
     folder = noise / ".frame_cache"
     first = Frames(noise, "train", 8, 16).imgs.clone()
     before = stored(folder)
-    assert len(before) == 2 and torch.equal(Frames(noise, "train", 8, 16).imgs, first) and stored(folder) == before
+    assert len(before) == 2 and torch.equal(Frames(noise, "train", 8, 16).imgs, first)
+    assert stored(folder) == before
 
     path = noise / "train/train_img/4.png"
     status = path.stat()
-    Image.new("RGB", (91, 37), (255, 0, 0)).save(path, format="BMP")  # another size on disk, at the same time of change
+    # another size on disk, at the same time of change
+    Image.new("RGB", (91, 37), (255, 0, 0)).save(path, format="BMP")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     changed = Frames(noise, "train", 8, 16).imgs
-    assert not torch.equal(changed[4], first[4]) and torch.equal(changed[:4], first[:4]) and len(stored(folder)) == 3
+    assert not torch.equal(changed[4], first[4]) and torch.equal(changed[:4], first[:4])
+    assert len(stored(folder)) == 3
 
     size = path.stat().st_size
     Image.new("RGB", (91, 37), (0, 255, 0)).save(path, format="BMP")
@@ -211,9 +233,14 @@ def build(root, folder, start, results):
 
 
 def test_two_processes_build_the_cache_at_once(noise, tmp_path):
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+    context = multiprocessing.get_context(
+        "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    )
     results, start = context.Queue(), time.time() + 0.3
-    processes = [context.Process(target=build, args=(noise, tmp_path / "cache", start, results)) for _ in range(3)]
+    processes = [
+        context.Process(target=build, args=(noise, tmp_path / "cache", start, results))
+        for _ in range(3)
+    ]
     for process in processes:
         process.start()
     sums = {results.get(timeout=60) for _ in processes}
@@ -235,20 +262,29 @@ def test_where_the_cache_is_kept(noise, tmp_path, monkeypatch):
 
 def test_no_cache_gives_equal_batches(tiny_data, tmp_path):
     def model(*flags):
-        words = ["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY, "--recipe", "template", "--num_workers", "1", *flags]
+        words = [
+            "--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY, "--recipe", "template",
+            "--num_workers", "1", *flags
+        ]
         return Trainer.VAE_Model(Trainer.build_parser().parse_args(words))
 
     cached, plain = model(), model("--no_cache")
     for loader in ("train_dataloader", "val_dataloader"):
         ours, theirs = list(getattr(cached, loader)()), list(getattr(plain, loader)())
         assert len(ours) == len(theirs) > 0
-        assert all(torch.equal(a, b) for pair, other in zip(ours, theirs) for a, b in zip(pair, other))
+        assert all(
+            torch.equal(a, b) for pair, other in zip(ours, theirs) for a, b in zip(pair, other)
+        )
 
 
 # ---------------------------------------------------------------- cuts
 
+
 def wander(count, seed, speed=0.6):
-    """A bright square that walks over a lit backdrop; seed decides the room and the path. uint8 (count, 3, 32, 64)."""
+    """A bright square that walks over a lit backdrop, uint8 (count, 3, 32, 64).
+
+    The seed decides the room and the path.
+    """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:32, :64]
     room = 60 + 80 * rng.random(3)[:, None, None] + 0.7 * x * rng.random() + rng.random() * y
@@ -307,6 +343,7 @@ def test_very_short_sequences_have_no_cuts():
 @pytest.mark.parametrize("held", [2, 3, 5])
 def test_held_frames_are_no_cuts(held, noise):
     """A video of a lower frame rate, as it is or compressed once more."""
+
     def hold(frames):
         frames = frames.repeat(held, 0)
         change = np.random.default_rng(0).integers(-noise, noise + 1, frames.shape)
@@ -322,7 +359,7 @@ def test_held_frames_are_no_cuts(held, noise):
 def test_a_flash_is_no_cut(at, length):
     for value in (0, 255):
         frames = wander(100, 1)
-        frames[at:at + length] = value
+        frames[at : at + length] = value
         assert find_clips(frames) == [0, 100]
 
 

@@ -70,7 +70,7 @@ def test_resuming_moves_nothing(tiny_data, tiny_run, tmp_path, monkeypatch, flag
     assert not list(folder.glob("earlier*"))
 
 
-def test_resuming_an_earlier_checkpoint_moves_what_came_after_it(tiny_data, tiny_run, tmp_path):
+def test_resuming_an_earlier_checkpoint_moves_what_followed(tiny_data, tiny_run, tmp_path):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     before = contents(folder)
     first = folder / "epoch=0.ckpt"
@@ -198,7 +198,7 @@ def test_a_full_disk(tiny_data, tiny_run, tmp_path, capsys, size, what):
            if "error" in line or "Traceback" in line]
     assert status == 2 and len(err) == 1 and what in err[0] and "expected room" in err[0]
     assert contents(folder) == before  # every file as it was, nothing left behind
-    assert train(tiny_data, folder, "--resume", "--num_epoch", 3) == 0  # and with room it goes on
+    assert train(tiny_data, folder, "--resume", "--num_epoch", 3) == 0  # and with room it resumes
 
 
 def test_checkpoints_are_written_before_tables_and_figures(tiny_data, tiny_run, tmp_path):

@@ -1,4 +1,7 @@
-"""fp16 with scaled losses, as GPUs without bf16 train. Here on a CPU, which computes the same, slowly."""
+"""fp16 with scaled losses, as GPUs without bf16 train.
+
+Here on a CPU, which computes the same, slowly.
+"""
 
 import signal
 
@@ -12,7 +15,10 @@ from utils.checkpoint import read_checkpoint
 from scripts.kill_test import compare, differences, rows
 
 # a window of 4 with a KL term: the template's recipe, whose KL gradient is large
-FLAGS = [*TINY, "--precision", "auto", "--recipe", "template", "--train_vi_len", "4", "--kl_anneal_cycle", "1", "--frame_H", "8", "--frame_W", "16"]
+FLAGS = [
+    *TINY, "--precision", "auto", "--recipe", "template", "--train_vi_len", "4",
+    "--kl_anneal_cycle", "1", "--frame_H", "8", "--frame_W", "16"
+]
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +28,7 @@ def fp16(monkeypatch):
 
 
 @pytest.mark.parametrize("optim", ["Adam", "Muon"])
-def test_a_gradient_that_overflows_halves_the_scale_and_changes_nothing(optim):
+def test_an_overflowing_gradient_only_halves_the_scale(optim):
     model = Trainer.VAE_Model(Trainer.build_parser().parse_args([*FLAGS, "--optim", optim]))
     img, label = torch.rand(2, 2, 4, 3, 8, 16, generator=torch.Generator().manual_seed(1))
     model.kl_annealing.get_beta = lambda: 0.0
@@ -46,7 +52,8 @@ def test_a_resumed_run_keeps_the_scale(tiny_data, tmp_path, monkeypatch):
 
     assert train(tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        send_at(patch, "training_one_step", 14, signal.SIGTERM)  # the sixth of eight steps of epoch 1
+        # the sixth of eight steps of epoch 1
+        send_at(patch, "training_one_step", 14, signal.SIGTERM)
         assert train(tmp_path / "run") == 143
     assert train(tmp_path / "run", "--resume") == 0
     assert compare(tmp_path / "run", tmp_path / "whole") == []

@@ -141,7 +141,7 @@ def test_a_rollout_is_the_reference_loops(precision, window):
     assert not torch.equal(model.rollout(first, label), frames)
 
 
-def test_a_stopped_run_goes_on(tiny_data, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes(tiny_data, tmp_path, monkeypatch):
     def train(folder, *flags):
         words = ["--DR", tiny_data, "--save_root", folder, *TINY, "--device", DEVICE, *flags]
         return in_process(Trainer.main, *words)

@@ -14,10 +14,9 @@ from utils.logger import write_gif
 # a notebook's cell: the user's own figure and backend, then ours
 CELL = """
 import sys
-sys.path.insert(0, sys.argv[1])
 {before}
 from utils.logger import plot_psnr
-plot_psnr([20.0, 21.0], sys.argv[2])
+plot_psnr([20.0, 21.0], sys.argv[1])
 assert "matplotlib.pyplot" not in sys.modules or {pyplot}
 import matplotlib
 {after}
@@ -26,8 +25,9 @@ import matplotlib
 
 def draw(path, backend, before="", after="", pyplot=False):
     code = CELL.format(before=before, after=after, pyplot=pyplot)
-    return subprocess.run([sys.executable, "-c", code, str(ROOT), str(path)], text=True,
-                          capture_output=True, env={**os.environ, "MPLBACKEND": backend})
+    environment = {**os.environ, "MPLBACKEND": backend, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code, str(path)], text=True,
+                          capture_output=True, env=environment)
 
 
 @pytest.mark.parametrize("backend", ["module://no_such_package.backend", "nonsense", "tkagg", ""])

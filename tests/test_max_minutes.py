@@ -21,7 +21,10 @@ def run(data, folder, *words):
 
 
 def test_a_run_is_fitted_to_the_time(tiny_data, tmp_path, capsys):
-    words = ["--num_epoch", "100000", "--tfr_sde", "0", "--max_minutes", "0.2", "--fast_train", "--fast_train_epoch", "1"]
+    words = [
+        "--num_epoch", "100000", "--tfr_sde", "0", "--max_minutes", "0.2", "--fast_train",
+        "--fast_train_epoch", "1"
+    ]
     seconds, rows, last = run(tiny_data, tmp_path, *words)
     assert seconds < 24 and 0 < len(rows) < 100000  # 12 on a machine that does nothing else
     assert last["args"]["num_epoch"] == 100000 and last["last_epoch"] == len(rows) - 1
@@ -34,7 +37,9 @@ def test_a_run_with_time_to_spare_is_left_alone(tiny_data, tiny_run, tmp_path):
     _, rows, last = run(tiny_data, tmp_path, "--max_minutes", "60")
     assert len(rows) == 2 and last["args"]["num_epoch"] == 2
     plain = torch.load(tiny_run / "last.ckpt", weights_only=True)
-    assert all(torch.equal(value, plain["state_dict"][name]) for name, value in last["state_dict"].items())
+    assert all(
+        torch.equal(value, plain["state_dict"][name]) for name, value in last["state_dict"].items()
+    )
 
 
 def test_a_fitted_run_has_the_whole_curves_even_in_one_epoch(tiny_data, tmp_path, monkeypatch):
@@ -52,7 +57,7 @@ def test_a_fitted_run_has_the_whole_curves_even_in_one_epoch(tiny_data, tmp_path
     _, rows, last = run(tiny_data, tmp_path, *words)
     assert len(rows) == 1 and last["last_epoch"] == 0
     steps = list(csv.DictReader(open(tmp_path / "steps.csv", newline="", encoding="utf-8")))
-    ratios, betas, rates = ([float(row[name]) for row in steps] for name in ("tfr", "beta", "lr"))
+    ratios, betas, lrs = ([float(row[name]) for row in steps] for name in ("tfr", "beta", "lr"))
     done = [int(row["step"]) for row in steps]
     assert done == list(range(done[0], len(done) + done[0]))
     assert done[0] < 3 and done[-1] in (35, 36)  # sums of tenths are rounded
@@ -61,10 +66,13 @@ def test_a_fitted_run_has_the_whole_curves_even_in_one_epoch(tiny_data, tmp_path
     cycles = [2 * share % 1 if share < 1 else 1 for share in shares]
     assert ratios[1:] == pytest.approx(falling) and betas[1:] == pytest.approx(cycles, abs=1e-6)
     assert ratios[0] == 1 and ratios[-1] == 0.035 and betas[0] < 0.1 and max(betas) > 0.9
-    assert rates[-1] < 0.02 * max(rates)
+    assert lrs[-1] < 0.02 * max(lrs)
 
 
-def test_a_fitted_run_of_the_template_keeps_its_schedules_by_epoch(tiny_data, tmp_path):
-    _, rows, last = run(tiny_data, tmp_path, "--recipe", "template", "--train_vi_len", "4", "--num_epoch", "100000", "--max_minutes", "0.1")
+def test_a_fitted_template_run_has_schedules_by_epoch(tiny_data, tmp_path):
+    _, rows, last = run(
+        tiny_data, tmp_path, "--recipe", "template", "--train_vi_len", "4", "--num_epoch", "100000",
+        "--max_minutes", "0.1"
+    )
     assert float(rows[0]["tfr"]) == 1 and float(rows[0]["lr"]) == 0.001
     assert (last["args"]["tfr_sde"], last["args"]["tfr_d_step"]) == (10, 0.1)

@@ -55,7 +55,7 @@ def test_validation_of_exact_frames(monkeypatch):
 
 @pytest.fixture(scope="module")
 def black(tiny_data, tmp_path_factory):
-    """Demo data whose frames are all one black picture."""
+    """Demo data whose frames are all one black image."""
     folder = tmp_path_factory.mktemp("black") / "data"
     shutil.copytree(tiny_data, folder, ignore=shutil.ignore_patterns(".frame_cache"))
     for path in [*folder.glob("*/*_img/*.png"), *folder.glob("test/test_img/*/*")]:
@@ -63,7 +63,7 @@ def black(tiny_data, tmp_path_factory):
     return folder
 
 
-def test_a_black_picture_learned_exactly(black, tiny_run, tmp_path):
+def test_a_black_image_learned_exactly(black, tiny_run, tmp_path):
     """Every mean in history.csv, psnr_per_frame.csv and best.ckpt stays a number."""
     weights = torch.load(tiny_run / "best.ckpt", weights_only=True)["state_dict"]
     weights["Generator.7.bias"] -= 100  # black after the clamp, and no gradient leads away

@@ -1,4 +1,4 @@
-"""The frozen network: keys, shapes, order and outputs equal the reference figures in modules.json."""
+"""The frozen network: keys, shapes, order and outputs equal the figures in modules.json."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,8 @@ def fill(module):
             tensor.fill_(1)
         else:
             fan_in = tensor[0].numel() if tensor.dim() >= 2 else 1
-            values = (fraction(0.6180339887, tensor.numel(), 0.3819660113 * (i + 1)) - 0.5) * 2 / np.sqrt(fan_in)
+            values = fraction(0.6180339887, tensor.numel(), 0.3819660113 * (i + 1))
+            values = (values - 0.5) * 2 / np.sqrt(fan_in)
             tensor.copy_(torch.from_numpy(values).view(tensor.shape))
 
 
@@ -44,7 +45,9 @@ def reference_input(shape, phase, minus):
 @pytest.mark.parametrize("name", BUILD)
 def test_keys_shapes_and_order(name):
     state = BUILD[name]().state_dict()
-    assert [(key, list(value.shape)) for key, value in state.items()] == list(REFERENCE["modules"][name]["state_dict"].items())
+    assert [(key, list(value.shape)) for key, value in state.items()] == list(
+        REFERENCE["modules"][name]["state_dict"].items()
+    )
 
 
 def test_number_of_parameters():

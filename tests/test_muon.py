@@ -35,10 +35,10 @@ def matrices():
 def test_singular_values_come_close_to_1_and_directions_stay():
     for matrix, result in zip(matrices(), orthogonalize(matrices())):
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-        turned = u.mT @ result @ v.mT
-        values = turned.diagonal()
+        rotated = u.mT @ result @ v.mT
+        values = rotated.diagonal()
         assert (values[s / s.norm() > 0.003] - 0.95).abs().max() < 0.3
-        assert (turned - torch.diag(values)).abs().max() < 1e-4
+        assert (rotated - torch.diag(values)).abs().max() < 1e-4
 
 
 def test_it_is_five_newton_schulz_iterations():

@@ -1,4 +1,4 @@
-"""Numbers that go wrong: a step whose loss or gradient is not finite changes nothing, and many of them end the run."""
+"""A step whose loss or gradient is not finite changes nothing; many of them end the run."""
 
 import math
 import shutil
@@ -20,7 +20,11 @@ def train(data, folder, *flags):
 
 def one_line(err):
     """The one line on stderr that is no progress bar."""
-    (line,) = [line for line in err.splitlines() if "it/s" not in line and "step/s" not in line and "frame/s" not in line]
+    (line,) = [
+        line
+        for line in err.splitlines()
+        if "it/s" not in line and "step/s" not in line and "frame/s" not in line
+    ]
     assert line.startswith("error: ")
     return line
 
@@ -47,29 +51,35 @@ def overflow(img, label):
     img[:, 1:] = 2e19  # squared it is infinite, while the gradient is finite
 
 
-@pytest.mark.parametrize("taught", [True, False])
+@pytest.mark.parametrize("teacher_forced", [True, False])
 @pytest.mark.parametrize("spoil", [spoil_frame, spoil_pose, overflow])
-def test_a_step_that_is_not_finite_changes_nothing(model, spoil, taught):
-    model.training_one_step(*window(), taught)
-    before = network_state(model), {k: v.clone() for k, v in model.optim.state_dict()["state"][0].items()}
+def test_a_step_that_is_not_finite_changes_nothing(model, spoil, teacher_forced):
+    model.training_one_step(*window(), teacher_forced)
+    before = (
+        network_state(model),
+        {k: v.clone() for k, v in model.optim.state_dict()["state"][0].items()},
+    )
     img, label = (x.clone() for x in window())
     spoil(img, label)
-    loss = model.training_one_step(img, label, taught)
+    loss = model.training_one_step(img, label, teacher_forced)
     assert not loss.isfinite() and steps(model) == (1, 1)
     after = network_state(model), model.optim.state_dict()["state"][0]
     assert differences(before, after) == []
-    assert model.training_one_step(*window(), taught).isfinite() and steps(model) == (2, 1)
+    assert model.training_one_step(*window(), teacher_forced).isfinite()
+    assert steps(model) == (2, 1)
     assert differences(before[0], network_state(model)) != []
-    assert model.state.epoch_means.figures.isfinite().all()  # the epoch's means are over the steps that were taken
+    # the epoch's means are over the steps that were taken
+    assert model.state.epoch_means.figures.isfinite().all()
 
 
 def plant(monkeypatch, steps):
-    """Give chosen training steps, counted from 0, an infinite picture."""
+    """Give chosen training steps, counted from 0, an infinite image."""
     original, calls = Trainer.VAE_Model.training_one_step, []
 
     def planted(self, img, label, flags):
         calls.append(1)
-        return original(self, torch.full_like(img, math.inf) if len(calls) - 1 in steps else img, label, flags)
+        img = torch.full_like(img, math.inf) if len(calls) - 1 in steps else img
+        return original(self, img, label, flags)
 
     monkeypatch.setattr(Trainer.VAE_Model, "training_one_step", planted)
 
@@ -98,7 +108,9 @@ def test_a_run_of_skipped_steps_ends_training(tiny_data, tiny_run, tmp_path, mon
 
 def test_a_learning_rate_that_nothing_survives(tiny_data, tiny_run, tmp_path, capsys):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
-    status = train(tiny_data, folder, "--resume", "--num_epoch", 9, "--lr", 10, "--ema", 0, "--kl_weight", 1e30)
+    status = train(
+        tiny_data, folder, "--resume", "--num_epoch", 9, "--lr", 10, "--ema", 0, "--kl_weight", 1e30
+    )
     assert status == 2
     line = one_line(capsys.readouterr().err)
     assert "not finite" in line and "expected" in line
@@ -116,6 +128,7 @@ def test_a_first_step_that_is_skipped_is_no_warning(tiny_data, tmp_path):
 
 # ---------------------------------------------------------------- rollouts
 
+
 @pytest.fixture(scope="module")
 def exploded(tiny_run, tmp_path_factory):
     """A checkpoint whose frames overflow."""
@@ -129,9 +142,14 @@ def exploded(tiny_run, tmp_path_factory):
 
 
 def test_a_test_rollout_that_is_not_finite_writes_nothing(tiny_data, exploded, tmp_path, capsys):
-    assert in_process(Tester.main, "--DR", tiny_data, "--save_root", tmp_path / "out", "--ckpt_path", exploded, "--device", "cpu") == 2
+    status = in_process(
+        Tester.main, "--DR", tiny_data, "--save_root", tmp_path / "out", "--ckpt_path", exploded,
+        "--device", "cpu"
+    )
+    assert status == 2
     captured = capsys.readouterr()
-    assert "rollout of sequence 0: frame 1 is not finite" in captured.err and captured.err.count("error: ") == 1
+    assert "rollout of sequence 0: frame 1 is not finite" in captured.err
+    assert captured.err.count("error: ") == 1
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
@@ -145,7 +163,9 @@ def test_a_validation_that_is_not_finite(tiny_data, exploded, tmp_path, capsys):
 def test_the_line_names_sequence_and_frame(model, sequence, frame):
     label = torch.rand(3, 45, 3, 16, 32)
     label[sequence, frame] = math.nan
-    with pytest.raises(Trainer.UserError, match=rf"sequence {sequence}: frame {frame} is not finite"):
+    with pytest.raises(
+        Trainer.UserError, match=rf"sequence {sequence}: frame {frame} is not finite"
+    ):
         model.rollout(torch.rand(3, 3, 16, 32), label)
 
 

@@ -196,7 +196,7 @@ def test_packs_this_project(tmp_path):
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
-def test_a_clone_has_unix_line_endings_whatever_the_client_prefers(tmp_path):
+def test_a_clone_has_unix_line_endings_on_every_client(tmp_path):
     """With core.autocrlf, Git for Windows' default, scripts would get CRLF, and bash fails."""
     done = subprocess.run(["git", "-c", "core.autocrlf=true", "checkout-index", "--all",
                            f"--prefix={tmp_path}/"], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,7 @@
-"""A run that is stopped and resumed ends with the bits of one that was not. `scripts/kill_test.py` is the long version."""
+"""A run that is stopped and resumed ends bitwise identical to one that was not.
+
+`scripts/kill_test.py` is the long version.
+"""
 
 import shutil
 import time
@@ -20,12 +23,21 @@ def load(path):
 
 
 def test_three_kills(tiny_data, tmp_path):
-    """SIGKILL at random moments, one at least inside a write, both recipes. What is not killed runs in this process."""
+    """SIGKILL at random moments, one at least inside a write, both recipes.
+
+    What is not killed runs in this process.
+    """
+
     def finish(*args, **options):
         began = time.monotonic()
-        return in_process(Trainer.main, *command(*args, **options)[2:]), "see the captured output", time.monotonic() - began
+        return (
+            in_process(Trainer.main, *command(*args, **options)[2:]), "see the captured output",
+            time.monotonic() - began
+        )
 
-    equal, in_write, problems = kill_test(tiny_data, tmp_path, 3, variants=("pool", "template, loader processes"), finish=finish)
+    equal, in_write, problems = kill_test(
+        tiny_data, tmp_path, 3, variants=("pool", "template, loader processes"), finish=finish
+    )
     assert (equal, problems) == (3, [])
     assert in_write >= 1
 
@@ -39,7 +51,8 @@ def test_the_comparison_sees_one_bit(tiny_run, tmp_path):
     weights.view(torch.int32)[0] ^= 1
     torch.save(changed, copy / "last.ckpt")
     assert "last.ckpt['state_dict']['Generator.7.bias']" in compare(copy, tiny_run)
-    assert differences({"a": torch.zeros(1)}, {"a": -torch.zeros(1)}) == ["['a']"]  # equal as numbers, not as bits
+    # equal as numbers, not bitwise
+    assert differences({"a": torch.zeros(1)}, {"a": -torch.zeros(1)}) == ["['a']"]
 
 
 def test_a_finished_run_says_so(tiny_data, tiny_run, tmp_path, capsys):
@@ -55,10 +68,13 @@ def test_a_finished_run_that_was_fitted_to_minutes_says_so(tiny_data, tmp_path, 
     assert train(tiny_data, tmp_path / "run", *flags) == 0
     before = (tmp_path / "run" / "last.ckpt").read_bytes()
     assert train(tiny_data, tmp_path / "run", *flags, "--resume") == 0
-    assert "epochs are done" in capsys.readouterr().out and (tmp_path / "run" / "last.ckpt").read_bytes() == before
+    assert "epochs are done" in capsys.readouterr().out
+    assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
 
 
-def test_a_checkpoint_that_another_run_has_written_meanwhile_is_not_gone_back_from(tiny_data, tiny_run, tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_of_another_run_meanwhile_is_refused(
+    tiny_data, tiny_run, tmp_path, capsys, monkeypatch
+):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     original = Trainer.VAE_Model.open_data
 
@@ -76,10 +92,10 @@ def test_a_checkpoint_that_another_run_has_written_meanwhile_is_not_gone_back_fr
 def test_from_scratch_where_there_is_nothing_to_resume(tiny_data, tiny_run, tmp_path, capsys):
     assert train(tiny_data, tmp_path / "new", "--resume") == 0
     assert "last.ckpt, so this starts from scratch" in capsys.readouterr().out
-    assert compare(tmp_path / "new", tiny_run) == []  # and --seed repeats a run to the bit
+    assert compare(tmp_path / "new", tiny_run) == []  # and --seed repeats a run bitwise
 
 
-def test_more_epochs_and_other_data_are_said(tiny_data, tiny_run, tmp_path, capsys):
+def test_more_epochs_and_other_data_are_reported(tiny_data, tiny_run, tmp_path, capsys):
     data, folder = tmp_path / "data", shutil.copytree(tiny_run, tmp_path / "run")
     shutil.copytree(tiny_data, data, ignore=shutil.ignore_patterns(".frame_cache"))
     for kind in ("img", "label"):
@@ -94,7 +110,9 @@ def test_more_epochs_and_other_data_are_said(tiny_data, tiny_run, tmp_path, caps
     assert rows(folder / "history.csv")[:2] == rows(tiny_run / "history.csv")
 
 
-@pytest.mark.parametrize("flag, value", [("--F_dim", 32), ("--L_dim", 4), ("--N_dim", 8), ("--D_out_dim", 32)])
+@pytest.mark.parametrize(
+    "flag, value", [("--F_dim", 32), ("--L_dim", 4), ("--N_dim", 8), ("--D_out_dim", 32)]
+)
 def test_another_size_is_an_error(tiny_data, tiny_run, tmp_path, capsys, flag, value):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     before = (folder / "last.ckpt").read_bytes()
@@ -105,50 +123,64 @@ def test_another_size_is_an_error(tiny_data, tiny_run, tmp_path, capsys, flag, v
 
 
 @pytest.mark.parametrize("flags", [("--pool", 16), ("--frame_H", 8)])
-def test_another_pool_or_frame_shape_goes_on(tiny_data, tiny_run, tmp_path, capsys, flags):
+def test_another_pool_or_frame_shape_resumes(tiny_data, tiny_run, tmp_path, capsys, flags):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     assert train(tiny_data, folder, "--resume", "--num_epoch", 3, *flags) == 0
     assert f"{flags[0]} {flags[1]}: the checkpoint has" in capsys.readouterr().out
 
 
-def test_going_on_from_any_checkpoint_of_ours(tiny_data, tiny_run, tmp_path):
+def test_resuming_from_any_checkpoint_of_ours(tiny_data, tiny_run, tmp_path):
     assert train(tiny_data, tmp_path / "on", "--ckpt_path", tiny_run / "epoch=0.ckpt") == 0
-    assert differences(*(load(folder / "last.ckpt") for folder in (tmp_path / "on", tiny_run))) == []
+    resumed, whole = (load(folder / "last.ckpt") for folder in (tmp_path / "on", tiny_run))
+    assert differences(resumed, whole) == []
     assert rows(tmp_path / "on" / "history.csv") == rows(tiny_run / "history.csv")
-    assert {p.name for p in (tmp_path / "on").iterdir()} >= {"best.ckpt", "val_pred.gif", "psnr_per_frame.csv", "psnr_per_frame.png"}
+    assert {p.name for p in (tmp_path / "on").iterdir()} >= {
+        "best.ckpt", "val_pred.gif", "psnr_per_frame.csv", "psnr_per_frame.png"
+    }
 
 
-def test_another_teacher_forcing_ratio_holds_from_the_next_epoch_on(tiny_data, tiny_run, tmp_path):
+def test_another_ratio_holds_from_the_next_epoch_on(tiny_data, tiny_run, tmp_path):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     assert train(tiny_data, folder, "--resume", "--num_epoch", 3, "--tfr", 0.5) == 0
     assert [float(row["tfr"]) for row in rows(folder / "history.csv")] == [1, 1, 0.5]
 
 
-def test_going_on_in_another_folder_keeps_the_best_of_there(tiny_data, tiny_run, tmp_path, monkeypatch):
+def test_resuming_in_another_folder_keeps_its_best(
+    tiny_data, tiny_run, tmp_path, monkeypatch
+):
     def eval(model):
         score(model)
         return scores[model.current_epoch]
 
-    score, scores = Trainer.VAE_Model.eval, {2: 2.0, 3: 4.0, 4: 3.0}  # two epochs before, with above 6 dB
+    # two epochs before, with above 6 dB
+    score, scores = Trainer.VAE_Model.eval, {2: 2.0, 3: 4.0, 4: 3.0}
     monkeypatch.setattr(Trainer.VAE_Model, "eval", eval)
-    assert train(tiny_data, tmp_path / "new", "--ckpt_path", tiny_run / "last.ckpt", "--num_epoch", 5) == 0
+    status = train(
+        tiny_data, tmp_path / "new", "--ckpt_path", tiny_run / "last.ckpt", "--num_epoch", 5
+    )
+    assert status == 0
     assert load(tmp_path / "new" / "best.ckpt")["last_epoch"] == 3
 
 
 def test_a_model_that_has_trained_takes_a_checkpoints_weights(tiny_data, tiny_run, tmp_path):
-    model = Trainer.VAE_Model(Trainer.build_parser().parse_args(
-        ["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY, "--seed", "1", "--num_epoch", "1"]))
+    words = ["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY, "--seed", "1"]
+    model = Trainer.VAE_Model(Trainer.build_parser().parse_args([*words, "--num_epoch", "1"]))
     model.training_stage()
     model.args.ckpt_path = str(tiny_run / "best.ckpt")
     model.load_checkpoint()
     model.save(tmp_path / "again.ckpt")
-    again, best = load(tmp_path / "again.ckpt")["state_dict"], load(tiny_run / "best.ckpt")["state_dict"]
+    files = tmp_path / "again.ckpt", tiny_run / "best.ckpt"
+    again, best = (load(file)["state_dict"] for file in files)
     assert all(torch.equal(again[key], best[key]) for key in best)
 
 
-@pytest.mark.parametrize("before, now, steps", [("AdamW", "Adam", 3), ("Muon", "AdamW", 1), ("AdamW", "Muon", 1)])
-def test_another_optimizer_goes_on_with_settings_of_its_own(tiny_data, tmp_path, capsys, before, now, steps):
-    """The moments go on where both optimizers keep the same ones, else they start anew."""
+@pytest.mark.parametrize(
+    "before, now, steps", [("AdamW", "Adam", 3), ("Muon", "AdamW", 1), ("AdamW", "Muon", 1)]
+)
+def test_another_optimizer_resumes_with_its_own_settings(
+    tiny_data, tmp_path, capsys, before, now, steps
+):
+    """Optimizer state is kept where both optimizers have the same kind, else made anew."""
     folder = tmp_path / "run"
     assert train(tiny_data, folder, "--optim", before) == 0
     assert load(folder / "last.ckpt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.01
@@ -160,8 +192,14 @@ def test_another_optimizer_goes_on_with_settings_of_its_own(tiny_data, tmp_path,
 
 
 def test_a_shorter_command_line_resumes_the_same_run(tiny_data, tmp_path, capsys):
-    """Everything that says what to train comes from the checkpoint, --lr having been given included: --fast_train asks for it."""
-    flags = ("--fast_train", "--fast_train_epoch", 3, "--lr", 0.002, "--recipe", "template", "--train_vi_len", 4, "--num_epoch", 3)
+    """Everything about the training comes from the checkpoint.
+
+    So does whether --lr was given, which --fast_train asks for.
+    """
+    flags = (
+        "--fast_train", "--fast_train_epoch", 3, "--lr", 0.002, "--recipe", "template",
+        "--train_vi_len", 4, "--num_epoch", 3
+    )
     assert train(tiny_data, tmp_path / "whole", *flags) == 0
     folder = shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.copy(folder / "epoch=0.ckpt", folder / "last.ckpt")
@@ -171,9 +209,13 @@ def test_a_shorter_command_line_resumes_the_same_run(tiny_data, tmp_path, capsys
     assert differences(*(load(root / "last.ckpt") for root in (folder, tmp_path / "whole"))) == []
 
 
-def test_a_clock_does_not_decide_how_a_resumed_run_sums(tiny_data, tiny_run, tmp_path, capsys, monkeypatch):
+def test_a_clock_does_not_decide_how_a_resumed_run_sums(
+    tiny_data, tiny_run, tmp_path, capsys, monkeypatch
+):
     """The precision that `auto` found stays as it was."""
-    monkeypatch.setattr(Trainer, "pick_precision", lambda wanted, device: ("bf16", "bf16 as it was faster just now"))
+    monkeypatch.setattr(
+        Trainer, "pick_precision", lambda wanted, device: ("bf16", "bf16 as it was faster just now")
+    )
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     assert train(tiny_data, folder, "--resume", "--num_epoch", 3, "--precision", "auto") == 0
     assert "fp32 as before the stop" in capsys.readouterr().out
@@ -185,4 +227,5 @@ def test_every_random_state_is_in_the_checkpoint(tiny_run):
     (rank,) = resume["ranks"]
     assert {"torch", "sampler", "pool"} <= rank.keys() and "generator" in rank["pool"]
     assert rank["pool"]["frames"].shape == (64, 3, 16, 32)
-    assert resume["state"]["average"].keys() < load(tiny_run / "last.ckpt")["train_state_dict"].keys()
+    trained = load(tiny_run / "last.ckpt")["train_state_dict"]
+    assert resume["state"]["average"].keys() < trained.keys()

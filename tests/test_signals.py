@@ -1,4 +1,7 @@
-"""SIGTERM, Ctrl-C and a lost terminal save and stop, in training and in validation, and what goes on from there ends with the same bits."""
+"""SIGTERM, Ctrl-C and a lost terminal save and stop, in training and in validation.
+
+A run that resumes from there ends bitwise identical.
+"""
 
 import os
 import shlex
@@ -29,11 +32,20 @@ def whole(tiny_data, tiny_run, tmp_path_factory):
     return {"pool": tiny_run, "template": folder}
 
 
-@pytest.mark.parametrize("recipe, method, call, number, status", [
-    ("pool", "training_one_step", 3, signal.SIGTERM, 143), ("template", "training_one_step", 11, signal.SIGINT, 130),
-    ("pool", "val_one_step", 2, signal.SIGINT, 130), ("template", "val_one_step", 1, signal.SIGTERM, 143),
-    ("pool", "write", 1, signal.SIGTERM, 143), ("pool", "training_one_step", 4, signal.SIGHUP, 129)])
-def test_a_signal_saves_stops_and_the_rest_is_the_same(tiny_data, whole, tmp_path, capsys, monkeypatch, recipe, method, call, number, status):
+@pytest.mark.parametrize(
+    "recipe, method, call, number, status",
+    [
+        ("pool", "training_one_step", 3, signal.SIGTERM, 143),
+        ("template", "training_one_step", 11, signal.SIGINT, 130),
+        ("pool", "val_one_step", 2, signal.SIGINT, 130),
+        ("template", "val_one_step", 1, signal.SIGTERM, 143),
+        ("pool", "write", 1, signal.SIGTERM, 143),
+        ("pool", "training_one_step", 4, signal.SIGHUP, 129),
+    ],
+)
+def test_a_signal_saves_stops_and_the_rest_is_the_same(
+    tiny_data, whole, tmp_path, capsys, monkeypatch, recipe, method, call, number, status
+):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         send_at(patch, method, call, number)
@@ -41,13 +53,15 @@ def test_a_signal_saves_stops_and_the_rest_is_the_same(tiny_data, whole, tmp_pat
     out, err = capsys.readouterr()
     assert "saved; go on with: python " in out and out.rstrip().endswith("--resume")
     assert "Traceback" not in err and not list(folder.glob(".*.part*"))
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a process that trains in a notebook gets its handlers back
+    # a process that trains in a notebook gets its handlers back
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert train(tiny_data, folder, *RECIPES[recipe], "--resume") == 0
     assert compare(folder, whole[recipe]) == []
 
 
 def test_the_line_to_resume_with_is_built_from_what_main_got(
-        tiny_data, whole, tmp_path, capsys, monkeypatch):
+    tiny_data, whole, tmp_path, capsys, monkeypatch
+):
     """`Trainer.main([...])` in a notebook cell: the process's own arguments are the kernel's."""
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     monkeypatch.chdir(ROOT)
@@ -56,16 +70,20 @@ def test_the_line_to_resume_with_is_built_from_what_main_got(
         assert train(tiny_data, tmp_path / "a run") == 130
     line = capsys.readouterr().out.splitlines()[-1]
     words = shlex.split(line.partition("saved; go on with: ")[2])
-    assert words == ["python", "Trainer.py", "--DR", str(tiny_data), "--save_root",
-                     str(tmp_path / "a run"), *TINY, "--resume"]
+    assert words == [
+        "python", "Trainer.py", "--DR", str(tiny_data), "--save_root", str(tmp_path / "a run"),
+        *TINY, "--resume"
+    ]
     assert in_process(Trainer.main, *words[2:]) == 0
     assert compare(tmp_path / "a run", whole["pool"]) == []
 
 
 def test_a_script_that_never_called_main_is_told_the_checkpoint(
-        tiny_data, tmp_path, capsys, monkeypatch):
+    tiny_data, tmp_path, capsys, monkeypatch
+):
     args = Trainer.build_parser().parse_args(
-        ["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY])
+        ["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY]
+    )
     send_at(monkeypatch, "training_one_step", 2, signal.SIGTERM)
     with pytest.raises(cli.Stopped):
         Trainer.VAE_Model(args).training_stage()
@@ -96,11 +114,19 @@ def test_a_signal_while_decoding_leaves_nothing_behind(tiny_data, tmp_path, monk
 
 
 def start(data, folder, *flags, until):
-    """A run in a process group of its own, as a shell or `timeout` starts it, when its output has said `until`."""
-    command = [sys.executable, str(ROOT / "Trainer.py"), "--DR", str(data), "--save_root", str(folder), *TINY, *flags]
+    """Start a run in a process group of its own, as a shell or `timeout` does.
+
+    Return when its log has `until`.
+    """
+    command = [
+        sys.executable, str(ROOT / "Trainer.py"), "--DR", str(data), "--save_root", str(folder),
+        *TINY, *flags
+    ]
     log = folder.with_suffix(".log")
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
     deadline = time.monotonic() + 90
     while until not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -108,8 +134,14 @@ def start(data, folder, *flags, until):
 
 
 def test_a_signal_to_the_whole_group(tiny_data, tmp_path):
-    """`timeout`, a terminal's Ctrl-C and batch systems signal the loader processes too; the run must still save."""
-    flags = ("--recipe", "template", "--train_vi_len", "2", "--no_cache", "--num_workers", "2", "--num_epoch", "1000")
+    """`timeout`, a terminal's Ctrl-C and batch systems signal the loader processes too.
+
+    The run must still save.
+    """
+    flags = (
+        "--recipe", "template", "--train_vi_len", "2", "--no_cache", "--num_workers", "2",
+        "--num_epoch", "1000"
+    )
     term, term_log = start(tiny_data, tmp_path / "term", *flags, until="epoch 0:")
     os.killpg(term.pid, signal.SIGTERM)
     assert term.wait(60) == 143
@@ -117,4 +149,5 @@ def test_a_signal_to_the_whole_group(tiny_data, tmp_path):
     os.killpg(interrupt.pid, signal.SIGINT)
     assert interrupt.wait(60) == 130
     for log in (term_log, interrupt_log):
-        assert "saved; go on with: python " in log.read_text() and "Traceback" not in log.read_text()
+        assert "saved; go on with: python " in log.read_text()
+        assert "Traceback" not in log.read_text()

@@ -208,7 +208,7 @@ def test_a_rollout_is_the_reference_loops(sequence):
     assert torch.allclose(model.rollout(img[:, 0], label), expected, atol=1e-5)
 
 
-def test_both_ends_of_the_network_stay_in_float32_in_mixed_precision(window):
+def test_mixed_precision_keeps_both_ends_in_float32(window):
     """BatchNorm's recomputed statistics are float32's, and a frame fed back is not rounded."""
     img, label = window
     mixed, whole = moved(build("--precision", "bf16")), moved(build("--precision", "fp32"))
@@ -248,7 +248,7 @@ def test_z_is_drawn_anew_at_every_step(sequence):
     img, label = sequence
     drawn = []
     model = build()
-    model.decode = lambda history, pose, z: drawn.append(z.clone()) or torch.zeros(3, 3, H, W)
+    model.decode = lambda previous, pose, z: drawn.append(z.clone()) or torch.zeros(3, 3, H, W)
     model.rollout(img[:, 0], label)
     z = torch.stack(drawn)  # (39, 3, N_dim, H, W)
     assert z.shape == (39, 3, 4, H, W) and len({float(step.sum()) for step in z[:, 0]}) == 39

@@ -23,7 +23,16 @@ from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder
 from utils.checkpoint import NETWORKS, read_checkpoint
 from utils.metrics import are_logits
 
-SIZES = dict(frame_H=16, frame_W=32, F_dim=16, L_dim=8, N_dim=4, D_out_dim=16)
+SIZES = {"frame_H": 16, "frame_W": 32, "F_dim": 16, "L_dim": 8, "N_dim": 4, "D_out_dim": 16}
+# the template's flags, with a run of seconds
+TEMPLATE = {
+    "batch_size": 2, "lr": 0.001, "device": "cpu", "optim": "Adam", "gpu": 1, "test": False,
+    "DR": "", "save_root": "", "num_workers": 0, "num_epoch": 5, "per_save": 3, "partial": 1.0,
+    "train_vi_len": 8, "val_vi_len": 20, "tfr": 1.0, "tfr_sde": 10, "tfr_d_step": 0.1,
+    "ckpt_path": None, "fast_train": False, "fast_partial": 0.4, "fast_train_epoch": 5,
+    "kl_anneal_type": "Cyclical", "kl_anneal_cycle": 2, "kl_anneal_ratio": 1,
+    "store_visualization": False, **SIZES
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +55,7 @@ def template(ours):
 
 def bare(**flags):
     """What somebody's script makes by hand, knowing the template's flags only."""
-    return argparse.Namespace(**{**dict(
-        batch_size=2, lr=0.001, device="cpu", optim="Adam", gpu=1, test=False, DR="", save_root="",
-        num_workers=0, num_epoch=5, per_save=3, partial=1.0, train_vi_len=8, val_vi_len=20,
-        tfr=1.0, tfr_sde=10, tfr_d_step=0.1, ckpt_path=None, fast_train=False, fast_partial=0.4,
-        fast_train_epoch=5, kl_anneal_type="Cyclical", kl_anneal_cycle=2, kl_anneal_ratio=1,
-        store_visualization=False), **SIZES, **flags})
+    return argparse.Namespace(**{**TEMPLATE, **flags})
 
 
 def loaded(path, **flags):
@@ -650,13 +654,13 @@ def test_a_script_that_subclasses_as_the_templates_tester_does(
     assert equal(model, ours["state_dict"])  # its rollouts move no statistics of BatchNorm
 
 
-def test_a_tester_that_never_leaves_training_mode_scores_as_ours_does(
+def test_a_tester_left_in_training_mode_scores_as_ours(
         ours, tiny_data, tiny_run, tmp_path, monkeypatch):
     """Blank and nearly blank poses: BatchNorm must not normalize each of them by itself."""
-    flags = dict(DR=str(tiny_data), save_root=str(tmp_path), ckpt_path=str(tiny_run / "best.ckpt"))
-    theirs = OverridesAll(bare(**flags, batch_size=1))
+    args = bare(DR=str(tiny_data), save_root=str(tmp_path), ckpt_path=str(tiny_run / "best.ckpt"))
+    theirs = OverridesAll(argparse.Namespace(**{**vars(args), "batch_size": 1}))
     theirs.load_checkpoint()
-    mine = Trainer.VAE_Model(bare(**flags, precision="fp32", z="zero"))
+    mine = Trainer.VAE_Model(argparse.Namespace(**vars(args), precision="fp32", z="zero"))
     mine.load_checkpoint()
     monkeypatch.setattr(torch, "randn", lambda *shape, device=None: torch.zeros(shape))
 
@@ -674,7 +678,7 @@ def test_a_tester_that_never_leaves_training_mode_scores_as_ours_does(
 
 
 @pytest.mark.parametrize("way", ["load_state_dict", "load_checkpoint"])
-def test_networks_alone_evaluate_once_loaded_and_train_in_a_step(way, template, tmp_path):
+def test_networks_alone_evaluate_and_then_train_in_a_step(way, template, tmp_path):
     torch.save(template, tmp_path / "wild.ckpt")
     model = NetworksOnly(bare(ckpt_path=str(tmp_path / "wild.ckpt")))
     if way == "load_checkpoint":
@@ -702,7 +706,7 @@ def test_a_trainer_of_ours_stays_in_training_mode(template):
 
 
 @pytest.mark.parametrize("recipe, peak", [("pool", 2e-3), ("template", 1e-3)])
-def test_the_learning_rate_of_a_finished_run_can_be_trained_with(recipe, peak, tiny_data, tmp_path):
+def test_a_finished_runs_learning_rate_can_train(recipe, peak, tiny_data, tmp_path):
     """A third-party Trainer does Adam(lr=checkpoint["lr"]); the end of a cosine would be 0."""
     flags = ["--DR", tiny_data, "--save_root", tmp_path, *TINY, "--num_epoch", 1,
              "--recipe", recipe, "--train_vi_len", 4]
@@ -749,7 +753,7 @@ def with_sigmoid(tiny_data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("main", [Trainer.main, Tester.main])
-def test_a_network_trained_with_a_sigmoid_is_told_how_to_be_tested(
+def test_a_sigmoid_network_asks_to_be_tested_with_one(
         main, with_sigmoid, tiny_data, tmp_path, capsys):
     flags = ["--DR", tiny_data, "--save_root", tmp_path / "out", "--ckpt_path", with_sigmoid,
              *TINY, "--test"]

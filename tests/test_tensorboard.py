@@ -1,4 +1,4 @@
-"""--tensorboard: scalars and the validation GIF of every epoch, and one line where the package is missing."""
+"""--tensorboard: scalars and GIF of every epoch, one line where the package is missing."""
 
 import csv
 import sys
@@ -19,8 +19,15 @@ def test_scalars_and_gif(tiny_data, tmp_path):
     board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance=everything)
     board.Reload()
     rows = list(csv.DictReader(open(tmp_path / "history.csv", newline="", encoding="utf-8")))
-    for name, column in (("val/psnr_mean", "val_psnr_mean"), ("train/kl", "train_kl"), ("beta", "beta"), ("tfr", "tfr")):
-        assert [event.value for event in board.Scalars(name)] == pytest.approx([float(row[column]) for row in rows])
+    for name, column in (
+        ("val/psnr_mean", "val_psnr_mean"),
+        ("train/kl", "train_kl"),
+        ("beta", "beta"),
+        ("tfr", "tfr"),
+    ):
+        assert [event.value for event in board.Scalars(name)] == pytest.approx(
+            [float(row[column]) for row in rows]
+        )
     with open(tmp_path / "steps.csv", newline="", encoding="utf-8") as file:
         steps = list(csv.DictReader(file))
     for name in ("lr", "tfr", "tf_share", "beta", "loss", "reconstruction", "mse", "kl"):
@@ -29,7 +36,8 @@ def test_scalars_and_gif(tiny_data, tmp_path):
         logged = [event.value for event in events]
         assert logged == pytest.approx([float(row[name]) for row in steps])
     gif = board.Images("validation")[-1]
-    assert gif.encoded_image_string == (tmp_path / "val_pred.gif").read_bytes() and (gif.width, gif.height) == (96, 16)
+    assert gif.encoded_image_string == (tmp_path / "val_pred.gif").read_bytes()
+    assert (gif.width, gif.height) == (96, 16)
 
 
 def test_without_the_package(tiny_data, tmp_path, monkeypatch):
@@ -39,14 +47,18 @@ def test_without_the_package(tiny_data, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-@pytest.mark.parametrize("error", ["TypeError('Descriptors cannot be created.\\nIf this call')",
-                                   "AttributeError('np.string_')"])
+@pytest.mark.parametrize(
+    "error",
+    ["TypeError('Descriptors cannot be created.\\nIf this call')", "AttributeError('np.string_')"],
+)
 def test_a_package_that_is_broken(tiny_data, tmp_path, error):
     """As tensorboard 2.8 is beside protobuf 6, and beside NumPy 2."""
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "__init__.py").write_text(f"raise {error}\n")
-    done = run_cli("Trainer.py", "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY,
-                   "--tensorboard", env={"PYTHONPATH": str(tmp_path)})
+    done = run_cli(
+        "Trainer.py", "--DR", tiny_data, "--save_root", tmp_path / "run", *TINY, "--tensorboard",
+        env={"PYTHONPATH": str(tmp_path)}
+    )
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     (line,) = done.stderr.splitlines()
     assert "--tensorboard" in line and error.split("(")[0] in line

@@ -309,7 +309,7 @@ def test_a_rollout_that_is_not_finite_writes_nothing(key, value, changed, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_the_sequence_and_the_frame_are_the_ones_that_went_wrong(
+def test_the_first_infinite_sequence_and_frame_are_named(
     tiny_run, tiny_data, tmp_path, capfd, monkeypatch
 ):
     true, calls = Tester.Test_model.next_frame, []
@@ -336,7 +336,7 @@ def test_the_sequence_and_the_frame_are_the_ones_that_went_wrong(
     assert "sequence 3: frame 7 " in capfd.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_run_that_was_validated_in_another_way_is_said(tiny_run, tmp_path, capsys):
+def test_a_run_validated_in_another_way_is_reported(tiny_run, tmp_path, capsys):
     checkpoint = torch.load(tiny_run / "best.ckpt", weights_only=True)
     checkpoint["args"]["z"] = "zero"
     torch.save(checkpoint, tmp_path / "zero.ckpt")
@@ -356,7 +356,7 @@ def test_a_run_that_was_validated_in_another_way_is_said(tiny_run, tmp_path, cap
         assert ("--z prior: the run was validated with --z zero" in capsys.readouterr().out) == said
 
 
-def test_another_format_than_the_competitions_is_said(tiny_run, tmp_path, capsys):
+def test_another_format_than_the_competitions_is_reported(tiny_run, tmp_path, capsys):
     flags = ["--ckpt_path", tiny_run / "best.ckpt", "--save_root", tmp_path / "out", *CPU]
     assert in_process(Tester.main, *flags) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "competition" in line]

@@ -1,8 +1,9 @@
 """What test_distributed.py runs on several ranks; rank 0 writes what it found to OUT/report.json.
 
-    torchrun --nproc_per_node=2 tests/two_ranks.py DATA OUT
+    PYTHONPATH=.:tests torchrun --nproc_per_node=2 tests/two_ranks.py DATA OUT
 
-A run that nobody stops, then for every way of stopping one: stop it by a signal to one rank only, and go on.
+A run that nobody stops, then for every way of stopping one: stop it by a signal to one rank only,
+and resume.
 """
 
 import json
@@ -14,15 +15,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-from utils import cli, distributed  # noqa: E402
-import Trainer  # noqa: E402
-from conftest import TINY  # noqa: E402
-from utils.checkpoint import adopt_settings  # noqa: E402
-from utils.cli import Stopped  # noqa: E402
+from utils import cli, distributed
+import Trainer
+from conftest import TINY
+from utils.checkpoint import adopt_settings
+from utils.cli import Stopped
 
-STOPS = {"pool": [(1, "training", 3), (0, "validation", 1)], "template": [(1, "training", 6)]}  # rank, where, step
-RECIPES = {"pool": ["--tfr", "0.3"], "template": ["--recipe", "template", "--train_vi_len", "4", "--tfr", "0.6"]}
+# rank, where, step
+STOPS = {"pool": [(1, "training", 3), (0, "validation", 1)], "template": [(1, "training", 6)]}
+RECIPES = {
+    "pool": ["--tfr", "0.3"],
+    "template": ["--recipe", "template", "--train_vi_len", "4", "--tfr", "0.6"],
+}
 
 
 class Watched(Trainer.VAE_Model):
@@ -45,8 +49,13 @@ class Watched(Trainer.VAE_Model):
 
 
 def train(data, folder, recipe, *flags, signal_in=None, signal_at=None):
-    """(model, whether it was stopped): what Trainer.main does, with the process group left open for the next run."""
-    args = Trainer.build_parser().parse_args(["--DR", data, "--save_root", str(folder), *TINY, *RECIPES[recipe], *flags])
+    """Do what Trainer.main does, but leave the process group open for the next run.
+
+    Return the model and whether it was stopped.
+    """
+    args = Trainer.build_parser().parse_args(
+        ["--DR", data, "--save_root", str(folder), *TINY, *RECIPES[recipe], *flags]
+    )
     if args.resume:
         args.ckpt_path = str(folder / "last.ckpt")
         adopt_settings(args, Trainer.build_parser())
@@ -67,8 +76,11 @@ def gathered(value):
 
 
 def same_on_all_ranks(model):
-    """Whether every tensor of the network, averages and optimizer has the same bits on all ranks."""
-    own = [*model.state_dict().values(), *(model.state.average or {}).values(), *(v for s in model.optim.state_dict()["state"].values() for v in s.values())]
+    """Return whether network, averages and optimizer are bitwise identical on all ranks."""
+    own = [
+        *model.state_dict().values(), *(model.state.average or {}).values(),
+        *(v for s in model.optim.state_dict()["state"].values() for v in s.values()),
+    ]
     own = torch.cat([value.contiguous().view(-1).view(torch.uint8) for value in own])
     every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(every, own)
