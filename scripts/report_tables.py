@@ -34,9 +34,8 @@ def read_settings(path):
                 # only here: the rest of the report needs no torch, and starts faster without
                 import torch
 
-                args = torch.load(
-                    path / name, map_location="cpu", weights_only=True, mmap=True
-                ).get("args")
+                loaded = torch.load(path / name, weights_only=True, map_location="cpu", mmap=True)
+                args = loaded.get("args")
             except ImportError:
                 return None
             except Exception as error:  # a damaged archive fails in many ways

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+import dataloader
 import Trainer
 from conftest import TINY, in_process
 from scripts.kill_test import command, compare, differences, kill_test, rows
@@ -76,14 +77,14 @@ def test_a_checkpoint_of_another_run_meanwhile_is_refused(
     tiny_data, tiny_run, tmp_path, capsys, monkeypatch
 ):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
-    original = Trainer.VAE_Model.open_data
+    original = dataloader.open_training_data
 
     def slow(self):
         shutil.copy(folder / "best.ckpt", folder / "new")
         (folder / "new").rename(folder / "last.ckpt")  # as a run that is about to stop does
         original(self)
 
-    monkeypatch.setattr(Trainer.VAE_Model, "open_data", slow)
+    monkeypatch.setattr(dataloader, "open_training_data", slow)
     assert train(tiny_data, folder, "--num_epoch", "3", "--resume") == 2
     assert "last.ckpt: another run has written it" in capsys.readouterr().err
     assert (folder / "last.ckpt").read_bytes() == (folder / "best.ckpt").read_bytes()

@@ -51,7 +51,7 @@ def test_a_signal_saves_stops_and_the_rest_is_the_same(
         send_at(patch, method, call, number)
         assert train(tiny_data, folder, *RECIPES[recipe]) == status
     out, err = capsys.readouterr()
-    assert "saved; go on with: python " in out and out.rstrip().endswith("--resume")
+    assert "saved; resume with: python " in out and out.rstrip().endswith("--resume")
     assert "Traceback" not in err and not list(folder.glob(".*.part*"))
     # a process that trains in a notebook gets its handlers back
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -69,7 +69,7 @@ def test_the_line_to_resume_with_is_built_from_what_main_got(
         send_at(patch, "training_one_step", 3, signal.SIGINT)
         assert train(tiny_data, tmp_path / "a run") == 130
     line = capsys.readouterr().out.splitlines()[-1]
-    words = shlex.split(line.partition("saved; go on with: ")[2])
+    words = shlex.split(line.partition("saved; resume with: ")[2])
     assert words == [
         "python", "Trainer.py", "--DR", str(tiny_data), "--save_root", str(tmp_path / "a run"),
         *TINY, "--resume"
@@ -88,7 +88,7 @@ def test_a_script_that_never_called_main_is_told_the_checkpoint(
     with pytest.raises(cli.Stopped):
         Trainer.VAE_Model(args).training_stage()
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.endswith(f"saved; go on from {tmp_path / 'last.ckpt'}")
+    assert line.endswith(f"saved; resume from {tmp_path / 'last.ckpt'}")
 
 
 def test_under_nohup_a_lost_terminal_changes_nothing(tiny_data, whole, tmp_path, monkeypatch):
@@ -149,5 +149,5 @@ def test_a_signal_to_the_whole_group(tiny_data, tmp_path):
     os.killpg(interrupt.pid, signal.SIGINT)
     assert interrupt.wait(60) == 130
     for log in (term_log, interrupt_log):
-        assert "saved; go on with: python " in log.read_text()
+        assert "saved; resume with: python " in log.read_text()
         assert "Traceback" not in log.read_text()

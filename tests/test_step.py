@@ -21,6 +21,7 @@ import Trainer
 from modules import Gaussian_Predictor
 from scripts.reference_loop import log_mse, reference_loss, reference_rollout, reference_step
 from utils.checkpoint import NETWORKS
+from utils.hardware import autocast
 
 B, T, H, W = 2, 6, 16, 32
 TEACHER_FORCED = {
@@ -212,7 +213,7 @@ def test_mixed_precision_keeps_both_ends_in_float32(window):
     """BatchNorm's recomputed statistics are float32's, and a frame fed back is not rounded."""
     img, label = window
     mixed, whole = moved(build("--precision", "bf16")), moved(build("--precision", "fp32"))
-    with torch.no_grad(), mixed.autocast():
+    with torch.no_grad(), autocast(mixed.device, mixed.precision):
         stems = [nn.Sequential(*list(model.label_transformation)[:3]) for model in (mixed, whole)]
         assert torch.equal(*(stem(label[:, 0]) for stem in stems))
         # what lies between is not
