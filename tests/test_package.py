@@ -24,7 +24,7 @@ SOURCE = {
 }
 LEFT_OUT = [  # of this project, or of its user: no command needs them
     ".gitignore", ".gitattributes", ".ci/run", "requirements-dev.txt", "scripts/test.sh",
-    "docs/REPORT.md", "docs/ablation.csv", "docs/conf.py", "docs/__init__.py", "REPORT.md",
+    "docs/EXAMPLE_REPORT.md", "docs/ablation.csv", "docs/conf.py", "docs/__init__.py", "REPORT.md",
     "tests/test_step.py", "tests/__init__.py", "tests/modules.json", "scripts/notes.md",
 ]
 JUNK = LEFT_OUT + [

@@ -2,8 +2,8 @@
 
 PyTorch's own torch.optim.Muon (2.9 and newer) takes 2-D weights only, iterates in bfloat16 and
 ignores `found_inf`. This one takes convolutions, iterates in float32 (in bfloat16 training
-diverges: docs/RECIPE.md), and skips a step on a GPU without reading anything back from it. On 2-D
-weights the two agree within rounding (tests/test_muon.py).
+diverges: docs/EXPERIMENTS.md), and skips a step on a GPU without reading anything back from it.
+On 2-D weights the two agree within rounding (tests/test_muon.py).
 """
 
 from collections import defaultdict
