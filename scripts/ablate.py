@@ -1,12 +1,13 @@
 """Run named settings of the recipe at equal budget, and compare their validation rollouts.
 
-    python scripts/ablate.py DATA OUT --frames 2500                       # every setting, the same number of training frames
-    python scripts/ablate.py DATA OUT pool template --minutes 8           # two settings, the same wall-clock on an idle machine
+    python scripts/ablate.py DATA OUT --frames 2500               # every setting, equal frames
+    python scripts/ablate.py DATA OUT pool template --minutes 8   # two settings, equal wall-clock
     python scripts/ablate.py DATA OUT pool no_ema mse+batch_2 --frames 2500 --seeds 0 1 2
 
-Settings joined by + are combined. Each run lands in OUT/{setting}_s{seed}_{budget}/; a run that is there and done is not run
-again, and one of other flags is an error. After every run its curve (one row an epoch) is appended to --csv, docs/ablation.csv
-by default, so the work can be taken up again.
+Wall-clock is comparable on an idle machine only. Settings joined by + are combined. Each run lands
+in OUT/{setting}_s{seed}_{budget}/; a run that is there and done is not run again, and one of other
+flags is an error. After every run its curve (one row an epoch) is appended to --csv,
+docs/ablation.csv by default, so the work can be taken up again.
 """
 
 import csv
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmark import machine  # noqa: E402
 from utils.cli import Parser, UserError, number, progress, run, say  # noqa: E402
-from utils.options import OF_THE_MACHINE# noqa: E402
+from utils.options import OF_THE_MACHINE  # noqa: E402
 from dataloader import list_pairs  # noqa: E402
 from utils.checkpoint import read_checkpoint  # noqa: E402
 from utils.files import make_folder  # noqa: E402
@@ -55,33 +56,39 @@ SETTINGS = {
     "sigmoid": ["--output", "sigmoid"],
     "z_zero": ["--z", "zero"],
 }
-COLUMNS = ("setting", "seed", "budget", "machine", "epoch", "frames", "minutes", "psnr_mean", "psnr_min", "psnr_last")
+COLUMNS = (
+    "setting", "seed", "budget", "machine", "epoch", "frames", "minutes", "psnr_mean", "psnr_min",
+    "psnr_last"
+)
 
 
 def budget_flags(args, frames_in_data):
-    """The Trainer's flags for the budget, and its name."""
+    """Return the Trainer's flags for the budget, and its name."""
     if args.minutes:
         return ["--max_minutes", str(args.minutes)], f"{args.minutes:g}min"
     epochs = max(args.points, -(-args.frames // frames_in_data))
-    return ["--num_epoch", str(epochs), "--partial", str(min(1.0, args.frames / epochs / frames_in_data))], f"{args.frames}frames"
+    share = min(1.0, args.frames / epochs / frames_in_data)
+    return ["--num_epoch", str(epochs), "--partial", str(share)], f"{args.frames}frames"
 
 
 def curve(folder, setting, seed, budget):
-    """Rows of COLUMNS from a run's history.csv."""
+    """Return rows of COLUMNS from a run's history.csv."""
     frames = seconds = 0.0
     rows, here = [], machine(read_checkpoint(folder / "last.ckpt")["args"]["device"])
+    name = here.get("gpu") or f"{here['cpu']}, {here['threads']} threads"
     with open(folder / "history.csv", newline="") as file:
         for row in csv.DictReader(file):
             seconds += float(row["seconds"])
             frames += float(row["seconds"]) * float(row["frames_per_second"])
-            rows.append(dict(zip(COLUMNS, (
-                setting, seed, budget, here.get("gpu") or f"{here['cpu']}, {here['threads']} threads", row["epoch"], round(frames),
-                round(seconds / 60, 1), *(round(float(row[f"val_psnr_{kind}"]), 2) for kind in ("mean", "min", "last"))))))
+            psnr = (round(float(row[f"val_psnr_{kind}"]), 2) for kind in ("mean", "min", "last"))
+            minutes = round(seconds / 60, 1)
+            values = setting, seed, budget, name, row["epoch"], round(frames), minutes, *psnr
+            rows.append(dict(zip(COLUMNS, values)))
     return rows
 
 
 def done(folder, flags):
-    """Whether a run's last epoch is behind it. UserError where the run there has other flags than these."""
+    """Return whether a run is at its end. UserError where it has other flags than these."""
     last = folder / "last.ckpt"
     if not last.exists():
         return False
@@ -90,15 +97,23 @@ def done(folder, flags):
         ran = {name: checkpoint["args"][name] for name in checkpoint["resume"]["given"]}
         over = checkpoint["last_epoch"] + 1 >= checkpoint["args"]["num_epoch"]
     except (KeyError, TypeError):
-        raise UserError(f"{last}: is no checkpoint of a run of ours; expected OUT to be a folder of its own") from None
+        raise UserError(
+            f"{last}: is no checkpoint of a run of ours; expected OUT to be a folder of its own"
+        ) from None
     for name in sorted({*ran, *wanted.given} - OF_THE_MACHINE - {"DR"}):
         if name not in ran or name not in wanted.given or ran[name] != getattr(wanted, name):
-            raise UserError(f"OUT {folder.parent}: {folder.name} there ran with another --{name}; expected another OUT, and a --csv of its own")
+            raise UserError(
+                f"OUT {folder.parent}: {folder.name} there ran with another --{name}; "
+                f"expected another OUT, and a --csv of its own"
+            )
     return over
 
 
 def read_results(path):
-    """The rows of the CSV of results; none where it is not there yet. UserError where it is another kind of file, or its folder can't be written."""
+    """Return the rows of the CSV of results; none where it is not there yet.
+
+    UserError where it is another kind of file, or its folder can't be written.
+    """
     make_folder(path.parent, "--csv")
     if not os.path.lexists(path):
         return []
@@ -107,14 +122,18 @@ def read_results(path):
             reader = csv.DictReader(file)
             rows = list(reader)
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"--csv {path}: {getattr(error, 'strerror', None) or 'is no table'}; expected a CSV of results") from None
+        reason = getattr(error, "strerror", None) or "is no table"
+        raise UserError(f"--csv {path}: {reason}; expected a CSV of results") from None
     if reader.fieldnames and tuple(reader.fieldnames) != COLUMNS:
         raise UserError(f"--csv {path}: has other columns; expected {','.join(COLUMNS)}")
     return rows
 
 
 def append(path, rows):
-    """Add a run's rows to the CSV of results, its header first where it is new; nothing where the run is there already."""
+    """Add a run's rows to the CSV of results, unless they are there already.
+
+    A new file gets its header first.
+    """
     there = read_results(path)
     key = lambda row: tuple(str(row[column]) for column in ("setting", "seed", "budget", "machine"))
     if key(rows[0]) in map(key, there):
@@ -126,27 +145,45 @@ def append(path, rows):
                 writer.writeheader()
             writer.writerows(rows)
     except OSError as error:
-        raise UserError(f"--csv {path}: {error.strerror}; expected a file that can be written") from None
+        raise UserError(
+            f"--csv {path}: {error.strerror}; expected a file that can be written"
+        ) from None
 
 
 def build_parser():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("data", metavar="DATA", help="data folder")
     parser.add_argument("out", metavar="OUT", help="folder that the runs land in")
-    parser.add_argument("settings", nargs="*", metavar="SETTING", help=f"settings to run (none: all of {', '.join(SETTINGS)})")
+    parser.add_argument(
+        "settings", nargs="*", metavar="SETTING",
+        help=f"settings to run (none: all of {', '.join(SETTINGS)})"
+    )
     parser.add_argument("--frames", type=number(int, 1), help="budget: frames to train on")
-    parser.add_argument("--minutes", type=number(float, 0, above=True), help="budget: minutes of wall-clock, validation included")
-    parser.add_argument("--points", type=number(int, 1), default=2, help="with --frames: validations along the way")
-    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0], help="a run for each seed")
-    parser.add_argument("--csv", type=Path, default=ROOT / "docs" / "ablation.csv", help="where results are added")
+    parser.add_argument(
+        "--minutes", type=number(float, 0, above=True),
+        help="budget: minutes of wall-clock, validation included"
+    )
+    parser.add_argument(
+        "--points", type=number(int, 1), default=2, help="with --frames: validations along the way"
+    )
+    parser.add_argument(
+        "--seeds", type=number(int, 0), nargs="+", default=[0], help="a run for each seed"
+    )
+    parser.add_argument(
+        "--csv", type=Path, default=ROOT / "docs" / "ablation.csv", help="where results are added"
+    )
     return parser
 
 
 def main(argv=None):
     args, flags = build_parser().parse_known_args(argv)
-    unknown = [setting for setting in args.settings if not set(setting.split("+")) <= SETTINGS.keys()]
+    unknown = [
+        setting for setting in args.settings if not set(setting.split("+")) <= SETTINGS.keys()
+    ]
     if unknown:
-        raise UserError(f"SETTING {unknown[0]}: expected one of {', '.join(SETTINGS)}, or several joined by +")
+        raise UserError(
+            f"SETTING {unknown[0]}: expected one of {', '.join(SETTINGS)}, or several joined by +"
+        )
     if (args.frames is None) == (args.minutes is None):
         raise UserError("--frames or --minutes: expected exactly one of them")
     budget, name = budget_flags(args, len(list_pairs(args.data, "train")[0]))
@@ -155,13 +192,17 @@ def main(argv=None):
     results = []
     for setting, seed in progress(runs, desc="runs", unit="run"):
         folder = Path(args.out) / f"{setting}_s{seed}_{name}"
-        command = ["--DR", args.data, "--save_root", str(folder), "--seed", str(seed), "--resume", *budget,
-                   *(flag for name in setting.split("+") for flag in SETTINGS[name]), *flags]
+        command = [
+            "--DR", args.data, "--save_root", str(folder), "--seed", str(seed), "--resume", *budget,
+            *(flag for name in setting.split("+") for flag in SETTINGS[name]),
+            *flags,
+        ]
         if not done(folder, command):
             command = [sys.executable, str(ROOT / "Trainer.py"), *command]
             status = subprocess.run(command).returncode
             if status:
-                say(f"{folder}: the run did not end well: status {status} from {' '.join(command[1:])}")
+                words = " ".join(command[1:])
+                say(f"{folder}: the run did not end well: status {status} from {words}")
                 return status
         rows = curve(folder, setting, seed, name)
         append(args.csv, rows)
@@ -169,8 +210,9 @@ def main(argv=None):
     say(f"\n{'setting':14} seed   mean    min   last   curve of the mean ({name})")
     for setting, seed, rows in sorted(results, key=lambda result: -result[2][-1]["psnr_mean"]):
         end = rows[-1]
-        say(f"{setting:14} {seed:4} {end['psnr_mean']:6.2f} {end['psnr_min']:6.2f} {end['psnr_last']:6.2f}   "
-            + " ".join(f"{row['psnr_mean']:.1f}" for row in rows))
+        psnr = " ".join(f"{end[f'psnr_{kind}']:6.2f}" for kind in ("mean", "min", "last"))
+        means = " ".join(f"{row['psnr_mean']:.1f}" for row in rows)
+        say(f"{setting:14} {seed:4} {psnr}   {means}")
 
 
 if __name__ == "__main__":

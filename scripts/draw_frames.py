@@ -1,4 +1,4 @@
-"""Draw chosen frames of a validation rollout as one PNG: pose, prediction, ground truth.
+"""Draw frames of a validation rollout: pose, prediction and ground truth in rows of one PNG.
 
 python scripts/draw_frames.py ckpt/val_pred.gif -o rollout.png
 python scripts/draw_frames.py ckpt/val_pred.gif -o rollout.png --frames 1 100 300 629 --scale 4
@@ -16,9 +16,9 @@ from utils.files import atomic  # noqa: E402
 
 
 def draw(rollout, frames, scale, path):
-    """Draw a PNG.
+    """Draw these frames of a rollout, numbered from 1, into a PNG.
 
-    rollout: uint8 (frames, H, 3 * W, 3), pose | prediction | truth; frames: numbers from 1.
+    rollout: uint8 (frames, H, 3 * W, 3), pose | prediction | ground truth.
     """
     height, width = rollout.shape[1], rollout.shape[2] // 3
     inch = scale / 100  # of a pixel of the frame
@@ -29,9 +29,8 @@ def draw(rollout, frames, scale, path):
     for column, frame in enumerate(frames):
         for row, name in enumerate(("pose", "prediction", "truth")):
             ax = axes[row, column]
-            ax.imshow(
-                rollout[frame - 1, :, row * width : (row + 1) * width], interpolation="nearest"
-            )
+            image = rollout[frame - 1, :, row * width:(row + 1) * width]  # (H, W, 3)
+            ax.imshow(image, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             if row == 0:
                 ax.set_title(f"frame {frame}", fontsize=9)
@@ -44,13 +43,10 @@ def draw(rollout, frames, scale, path):
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("gif", metavar="GIF", type=Path, help="val_pred.gif of a run")
-    parser.add_argument("-o", required=True, type=Path, metavar="PNG", help="picture to write")
+    parser.add_argument("-o", required=True, type=Path, metavar="PNG", help="image to write")
     parser.add_argument(
-        "--frames",
-        type=number(int, 1),
-        nargs="+",
-        default=[1, 100, 300, 629],
-        help="frames to draw, from 1",
+        "--frames", type=number(int, 1), nargs="+", default=[1, 100, 300, 629],
+        help="frames to draw, from 1"
     )
     parser.add_argument(
         "--scale", type=number(int, 1, 20), default=4, help="size of a pixel of the frame"

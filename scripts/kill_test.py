@@ -1,14 +1,15 @@
-"""Prove that a run which is killed and resumed ends with the same bits as one that was never stopped.
+"""Prove that a run which is killed and resumed ends bitwise identical to one never stopped.
 
     python scripts/kill_test.py                    # 20 kills, six to eight minutes on two cores
     python scripts/kill_test.py --kills 3 --seed 7
 
-For each variant of training a reference run goes through unharmed. Then, in turn: start the run again, SIGKILL it at a
-random moment after training has begun, go on with --resume, and compare everything that is left behind with the
-reference's, bit by bit: every tensor and number in every checkpoint (weights, averages, optimizer, random states),
-history.csv, steps.csv and psnr_per_frame.csv; only timings may differ. Every second kill waits until
-a file is being written.
-A kill that came too late, when the run had ended, does not count. Exit status 0 only when all are equal.
+For each variant of training a reference run goes through unharmed. Then, again and again: start
+the run, SIGKILL it at a random moment after training has begun, resume it with --resume, and
+compare everything that is left behind with the reference's, bitwise: every tensor and number in
+every checkpoint (weights, averages, optimizer state, random states), history.csv, steps.csv and
+psnr_per_frame.csv; only timings may differ. Every second kill waits until a file is being written.
+A kill that came too late, when the run had ended, does not count. Exit status 0 only when all are
+equal.
 """
 
 import csv
@@ -27,40 +28,63 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from utils.cli import Parser, number, progress, run, say  # noqa: E402
 
-TINY = ("--frame_H", "16", "--frame_W", "32", "--F_dim", "16", "--L_dim", "8", "--N_dim", "4", "--D_out_dim", "16",
-        "--val_vi_len", "20", "--num_epoch", "3", "--device", "cpu")
-# what differs between them: pool and averages; the template's windows and epoch coin; loader processes; a data share that changes
+TINY = (
+    "--frame_H", "16", "--frame_W", "32", "--F_dim", "16", "--L_dim", "8", "--N_dim", "4",
+    "--D_out_dim", "16", "--val_vi_len", "20", "--num_epoch", "3", "--device", "cpu"
+)
+# what differs between them: pool and averages; the template's windows and epoch coin; loader
+# processes; a data share that changes
 VARIANTS = {
     "pool": ("--save_every_steps", "2", "--tfr", "0.6", "--tfr_sde", "1", "--tfr_d_step", "0.4"),
-    "template": ("--recipe", "template", "--train_vi_len", "4", "--tfr", "0.6", "--tfr_sde", "1", "--save_every_steps", "1"),
-    "pool, no cache, fast_train": ("--no_cache", "--fast_train", "--fast_train_epoch", "1", "--tf_coin", "batch", "--tfr", "0.5",
-                                   "--save_every_steps", "3", "--num_workers", "2"),
-    "template, loader processes": ("--recipe", "template", "--train_vi_len", "3", "--tfr", "0.7", "--tf_coin", "frame", "--no_cache",
-                                   "--num_workers", "2", "--ema", "0.9", "--refresh_norm", "--save_every_steps", "2"),
+    "template": (
+        "--recipe", "template", "--train_vi_len", "4", "--tfr", "0.6", "--tfr_sde", "1",
+        "--save_every_steps", "1"
+    ),
+    "pool, no cache, fast_train": (
+        "--no_cache", "--fast_train", "--fast_train_epoch", "1", "--tf_coin", "batch",
+        "--tfr", "0.5", "--save_every_steps", "3", "--num_workers", "2"
+    ),
+    "template, loader processes": (
+        "--recipe", "template", "--train_vi_len", "3", "--tfr", "0.7", "--tf_coin", "frame",
+        "--no_cache", "--num_workers", "2", "--ema", "0.9", "--refresh_norm",
+        "--save_every_steps", "2"
+    ),
 }
 TIMINGS = {"seconds", "frames_per_second"}
-OF_THE_START = {"save_root", "resume", "ckpt_path"}  # flags that say where a run is and how it was started
+# flags that say where a run is and how it was started
+OF_THE_START = {"save_root", "resume", "ckpt_path"}
 BEGUN = "training frames"  # Trainer.py prints a line with these words when its first step is next
 
 
 # ---------------------------------------------------------------- runs
 
+
 def command(data, save_root, flags, resume=False):
-    return [sys.executable, str(ROOT / "Trainer.py"), "--DR", str(data), "--save_root", str(save_root), *TINY, *flags,
-            *["--resume"] * resume]
+    return [
+        sys.executable, str(ROOT / "Trainer.py"), "--DR", str(data), "--save_root", str(save_root),
+        *TINY, *flags, *["--resume"] * resume
+    ]
 
 
 def environment():
-    """One thread a process: tiny networks are fastest so, and the sums have one order."""
+    """Return the environment of a run.
+
+    One thread a process: tiny networks are fastest so, and the sums have one order.
+    """
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 class Run:
-    """A training run in the background. `begun` is set when its first step is next, and when it ended before."""
+    """Start a training run in the background.
+
+    `begun` is set when its first step is next, and when it ended before.
+    """
 
     def __init__(self, *args, **options):
-        self.process = subprocess.Popen(command(*args, **options), env=environment(), text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            command(*args, **options), env=environment(), text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT
+        )
         self.begun, self.lines, self.began_at = threading.Event(), [], None
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
@@ -74,33 +98,38 @@ class Run:
         self.begun.set()
 
     def wait(self, timeout=300):
-        """Its exit status and output."""
+        """Return its exit status and output."""
         status = self.process.wait(timeout)
         self.reader.join(60)
         return status, "".join(self.lines)
 
 
 def finish(data, save_root, flags, resume=False):
-    """Train to the end: exit status, output, and seconds of training."""
+    """Train to the end; return exit status, output, and seconds of training."""
     run = Run(data, save_root, flags, resume=resume)
     status, output = run.wait()
     return status, output, time.monotonic() - (run.began_at or 0)
 
 
 def kill_at_random(run, duration, chance, folder, aim):
-    """SIGKILL a run at a uniform moment of its duration; with `aim`, at the first write after that. Whether it landed."""
+    """SIGKILL a run at a uniform moment of its duration; with `aim`, at the first write after it.
+
+    Return whether the run was still there to be killed.
+    """
     run.begun.wait()
     time.sleep(chance.uniform(0, duration))
     while aim and run.process.poll() is None and not any(folder.glob(".*.part*")):
         pass  # a write of a tiny checkpoint takes about a millisecond
     run.process.send_signal(signal.SIGKILL)
-    return run.process.wait(60) == -signal.SIGKILL  # what it started may live on for seconds; going on must not mind
+    # what it started may live for seconds yet; a resume must not mind
+    return run.process.wait(60) == -signal.SIGKILL
 
 
 # ---------------------------------------------------------------- comparing
 
+
 def differences(a, b, where=""):
-    """Where two checkpoints differ, bit by bit, as a list of names; timings are passed over."""
+    """Return the names of what is not bitwise identical in two checkpoints, timings aside."""
     import torch
 
     if type(a) is not type(b):
@@ -109,28 +138,36 @@ def differences(a, b, where=""):
         if a.keys() != b.keys():
             return [f"{where}: keys {sorted(map(str, a.keys() ^ b.keys()))}"]
         passed_over = OF_THE_START if where.endswith("['args']") else TIMINGS
-        return [d for key in a if key not in passed_over for d in differences(a[key], b[key], f"{where}[{key!r}]")]
+        keys = [key for key in a if key not in passed_over]
+        return [d for key in keys for d in differences(a[key], b[key], f"{where}[{key!r}]")]
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return [f"{where}: {len(a)} and {len(b)} items"]
         return [d for i, pair in enumerate(zip(a, b)) for d in differences(*pair, f"{where}[{i}]")]
     if torch.is_tensor(a):
-        same = a.dtype == b.dtype and a.shape == b.shape and a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))
-        return [] if same else [where]
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return [where]
+        a, b = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (a, b))
+        return [] if a.equal(b) else [where]
     return [] if a == b or (a != a and b != b) else [f"{where}: {a!r} and {b!r}"]
 
 
 def rows(path):
-    """The rows of a CSV as text, without timings."""
+    """Return the rows of a CSV as text, without timings."""
     with open(path, newline="", encoding="utf-8") as file:
         return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
 
 
 def compare(folder, reference):
-    """Where what two runs left differs: files, every checkpoint, the CSV files, the GIF. A list of names, empty if nowhere."""
+    """Return the names of what differs between the folders of two runs.
+
+    Compared are the list of files, every checkpoint, the CSV files and the GIF.
+    """
     import torch
 
-    names, expected = (sorted(p.name for p in root.iterdir() if p.name != ".lock") for root in (folder, reference))
+    names, expected = (
+        sorted(p.name for p in root.iterdir() if p.name != ".lock") for root in (folder, reference)
+    )
     if names != expected:
         return [f"files {names}, expected {expected}"]
     found = []
@@ -147,10 +184,14 @@ def compare(folder, reference):
 
 # ---------------------------------------------------------------- the test
 
-def kill_test(data, work, kills, seed=0, variants=tuple(VARIANTS), finish=finish, step=lambda: None):
-    """Kill `kills` runs, resume and compare. Returns (equal, kills that hit a write, lines that say what differed).
 
-    finish: how runs that are not killed are started, for tests.
+def kill_test(
+    data, work, kills, seed=0, variants=tuple(VARIANTS), finish=finish, step=lambda: None
+):
+    """Kill `kills` runs, resume and compare.
+
+    Return (equal runs, kills that hit a write, lines on what differed). finish: how runs that are
+    not killed are started, for tests.
     """
     chance, references, equal, in_write, problems, done = random.Random(seed), {}, 0, 0, [], 0
     while done < kills:
@@ -168,11 +209,15 @@ def kill_test(data, work, kills, seed=0, variants=tuple(VARIANTS), finish=finish
         hit = any(folder.glob(".*.part*"))
         from_scratch = not (folder / "last.ckpt").exists()
         status, output, _ = finish(data, folder, flags, resume=True)
-        found = [f"the resumed run ended with {status}: {output[-2000:]}"] if status else compare(folder, work / f"whole {variant}")
+        if status:
+            found = [f"the resumed run ended with {status}: {output[-2000:]}"]
+        else:
+            found = compare(folder, work / f"whole {variant}")
         done, in_write, equal = done + 1, in_write + hit, equal + (not found)
         problems += [f"kill {done} ({variant}): {line}" for line in found[:10]]
-        say(f"kill {done} ({variant}){', inside a write' * hit}{', before the first checkpoint' * from_scratch}: "
-               + ("equal" if not found else f"DIFFERENT: {found[0]}"))
+        when = ", inside a write" * hit + ", before the first checkpoint" * from_scratch
+        result = f"DIFFERENT: {found[0]}" if found else "equal"
+        say(f"kill {done} ({variant}){when}: {result}")
         step()
         if not found:
             shutil.rmtree(folder)
@@ -180,9 +225,14 @@ def kill_test(data, work, kills, seed=0, variants=tuple(VARIANTS), finish=finish
 
 
 def draw(data):
-    """Tiny demo data."""
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "make_demo_data.py"), str(data), "--train_frames", "64",
-                    "--sequence_frames", "20"], check=True, capture_output=True)
+    """Draw tiny demo data; return their folder."""
+    subprocess.run(
+        [
+            sys.executable, str(ROOT / "scripts" / "make_demo_data.py"), str(data),
+            "--train_frames", "64", "--sequence_frames", "20"
+        ],
+        check=True, capture_output=True
+    )
     return data
 
 
@@ -191,9 +241,14 @@ def main():
     parser.add_argument("--kills", type=number(int, 1), default=20, help="runs to kill")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the moments")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work, progress(total=args.kills, unit="kill", desc="killed and resumed") as bar:
+    with (
+        tempfile.TemporaryDirectory() as work,
+        progress(total=args.kills, unit="kill", desc="killed and resumed") as bar,
+    ):
         work = Path(work)
-        equal, in_write, problems = kill_test(draw(work / "data"), work, args.kills, args.seed, step=bar.update)
+        equal, in_write, problems = kill_test(
+            draw(work / "data"), work, args.kills, args.seed, step=bar.update
+        )
     for line in problems:
         print(line, file=sys.stderr)
     print(f"{equal} of {args.kills} equal ({in_write} killed inside a write)")
