@@ -354,7 +354,11 @@ def warnings(runs, quantity, name):
     """Sentences about recorded schedules that compare nothing: equal ones, annealed ones that
     never reach 1.
     """
+    lengths = {r.label: len(r.history["epoch"]) for r in runs}
     said = []
+    if len(set(lengths.values())) > 1:
+        epochs = ", ".join(f"{name} {count}" for name, count in lengths.items())
+        said.append(f"These runs are not equally long (epochs: {epochs}): their ends do not compare.")
     for i, a in enumerate(runs):
         for b in runs[i + 1 :]:
             if np.abs(curve(a, quantity) - curve(b, quantity)).mean() < COINCIDE:

@@ -157,6 +157,13 @@ def test_each_section_has_its_own_runs(tmp_path):
     assert "<title>LAB4_313553009_林于翔</title>" in page  # under which a browser saves its PDF
 
 
+def test_runs_of_unequal_length_are_said_to_be(tmp_path):
+    long = make_run(tmp_path / "long", "Cyclical", epochs=8, frames=5)
+    short = make_run(tmp_path / "short", "Monotonic", epochs=3, frames=5)
+    result = command("make_report.py", "--kl", long, short, "-o", tmp_path / "out")
+    assert "not equally long" in result.stdout and "long 8, short 3" in result.stdout
+
+
 def test_runs_that_were_the_same_are_said_to_be(tmp_path):
     one, two = (
         make_run(tmp_path / name, "Cyclical", epochs=8, frames=5) for name in ("one", "two")
