@@ -23,7 +23,7 @@ def run_ablate(data, tmp_path, *words):
 
 
 def test_settings_at_equal_frames(tiny_data, tmp_path):
-    words = ["pool", "template+batch_1", "--frames", 64]
+    words = ["pool", "template+batch_1", "--points", 2, "--frames", 64]
     done = run_ablate(tiny_data, tmp_path, *words)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "ablation.csv").read_text()
