@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import cli, distributed, logger, schedules, time_budget
+from utils import cli, distributed, figures, logger, schedules, time_budget
 from utils.averaging import begin_average
 from utils.checkpoint import file_version, is_latest_in, is_resumable, read_checkpoint
 from utils.cli import Stopped, UserError, say
@@ -106,7 +106,7 @@ def prepare(model):
                 + (f"; --save_root {aside} --resume resumes their run"
                    if is_resumable(aside / "last.ckpt") else ""))
         if args.tensorboard:
-            session.board = logger.open_tensorboard(Path(args.save_root) / "tensorboard")
+            session.board = figures.open_tensorboard(Path(args.save_root) / "tensorboard")
         if resumes_here and state.step == 0:
             catch_up(model)
     logger.print_start(model)
