@@ -251,7 +251,7 @@ def adopt_settings(args, parser, names=None):
             setattr(args, name, settings[name])
             if name == "DR" and settings[name] and not os.path.isdir(settings[name]):
                 raise UserError(f"--DR {settings[name]}: what {args.ckpt_path} was trained on is "
-                                f"not here; expected the data folder as --DR")
+                                f"missing; expected the data folder as --DR")
         elif getattr(args, name) != settings[name]:
             say(f"--{name} {getattr(args, name)}: the checkpoint has {settings[name]}")
     # a flag that was given when the run began counts as given in every resume

@@ -105,7 +105,7 @@ def list_test_sequences(root):
     for number in range(min(images), max(images)):
         if number not in images:
             raise UserError(f"{image_root / str(number)}: is missing; expected folders with "
-                            f"consecutive numbers, here {min(images)} to {max(images)}")
+                            f"consecutive numbers, {min(images)} to {max(images)}")
     return sequences
 
 
