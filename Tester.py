@@ -29,6 +29,7 @@ from Trainer import VAE_Model
 from utils.checkpoint import adopt_settings
 
 GIF_TICK = 20  # milliseconds a frame, the template's
+# flags that a checkpoint sets where the command line does not
 FROM_CHECKPOINT = {"DR", "F_dim", "L_dim", "N_dim", "D_out_dim", "frame_H", "frame_W", "output",
                    "val_vi_len"}
 
@@ -36,23 +37,25 @@ FROM_CHECKPOINT = {"DR", "F_dim", "L_dim", "N_dim", "D_out_dim", "frame_H", "fra
 # ---------------------------------------------------------------- the model that is tested
 
 class Dataset_Dance(dataloader.Dataset_Dance):
-    """The test sequences, by default as the template's class of this name in Tester.py."""
+    """Give the test sequences by default, like the template's class of this name in Tester.py."""
 
     def __init__(self, root, transform, mode="test", video_len=7, partial=1.0):
         super().__init__(root, transform, mode, video_len, partial)
 
 
 class Test_model(VAE_Model):
-    """A VAE_Model whose `eval` rolls out the test sequences and writes submission and GIFs."""
+    """Roll out the test sequences in `eval`, and write submission.csv and GIFs."""
 
     @staticmethod
     def flags():
+        """Return the parser whose defaults complete `args`."""
         return build_parser()
 
     def val_dataloader(self):
-        """Return a loader of the test sequences, one by one.
+        """Return a loader that gives one test sequence at a time.
 
-        Each is its first frame (1, 1, 3, H, W) and its poses (1, val_vi_len, 3, H, W).
+        A sequence is a first frame (1, 1, 3, H, W) and poses (1, val_vi_len, 3, H, W), float32 in
+        [0, 1]. UserError for a sequence of another length.
         """
         args = self.args
         transform = frame_transform(args.frame_H, args.frame_W)
@@ -61,7 +64,7 @@ class Test_model(VAE_Model):
             if len(labels) != args.val_vi_len:
                 raise UserError(f"{labels[0].parent}: holds {len(labels)} poses; "
                                 f"expected {args.val_vi_len} (--val_vi_len)")
-        # threads: the poses of all sequences do not fit a small container's shared memory
+        # no loader processes: all poses exceed the shared memory of a small container
         paths = [path for first, labels in dataset.sequences for path in (first, *labels)]
         folder = None if args.no_cache else cache_folder(args.DR, args.cache_dir)
         images = cached(paths, args.frame_H, args.frame_W, folder, args.num_workers,
@@ -73,12 +76,13 @@ class Test_model(VAE_Model):
     def val_one_step(self, img, label, idx=0):
         """Roll out a batch of sequences from img (S, 1, 3, H, W) and label (S, T, 3, H, W).
 
-        idx: the number of the first of them. Returns the frames (S, T, 3, H, W) in [0, 1], the
-        given first frame included, and the CSV's rows of each sequence.
+        idx: number of the first sequence, an argument of the template's. Returns the frames
+        (S, T, 3, H, W) in [0, 1], the given first frame included, and the CSV's rows of each
+        sequence.
         """
         first = img[:, 0].clamp(0, 1)
         rows = [[] for _ in first]
-        with ThreadPoolExecutor(1) as writer:  # text is made while the network computes
+        with ThreadPoolExecutor(1) as writer:  # numbers become text while the network computes
             def write(frames):
                 for own, sequence in zip(rows, frames):
                     own.extend(csv_rows(sequence))
@@ -95,13 +99,15 @@ class Test_model(VAE_Model):
         return torch.cat([first[:, None].cpu(), generated], 1), rows
 
     def tqdm_bar(self, mode, pbar, loss, lr=0.0, advance=1):
+        """Advance the bar of the test rollout."""
         if pbar is not None:
             pbar.update(advance)
 
     def eval(self):
         """Roll out all test sequences together; write submission.csv and the GIFs.
 
-        Returns the frames (S, T, 3, H, W).
+        Returns the frames (S, T, 3, H, W) in [0, 1]. UserError for frames that are not finite, and
+        for a folder that can't be written.
         """
         args = self.args
         loader = self.val_dataloader()
@@ -130,14 +136,14 @@ class Test_model(VAE_Model):
         return frames
 
     def make_gif(self, images_list, img_name, duration=GIF_TICK):
-        """Write frames (3, H, W) in [0, 1] as a GIF, 20 ms each. Pillow merges equal neighbours."""
+        """Write frames (3, H, W) in [0, 1] as a GIF, `duration` milliseconds each."""
         super().make_gif(images_list, img_name, duration)
 
 
 # ---------------------------------------------------------------- the command line
 
 def build_parser():
-    """Return the parser of Tester.py's flags."""
+    """Return the parser of Tester.py."""
     parser = options.build_parser(
         "Tester.py", "Roll out the test sequences and write the submission.")
     parser.add_argument("--no_sanity", action="store_true",
@@ -148,11 +154,12 @@ def build_parser():
 
 
 def main(argv=None):
+    """Run the command of an argument list; of sys.argv where there is none."""
     check_torch()
     args = build_parser().parse_args(argv)
     options.require(args, "ckpt_path")
     settings = adopt_settings(args, VAE_Model.flags(), FROM_CHECKPOINT)
-    for name in ("z", "rollouts"):  # not the checkpoint's to decide, but its score depends on them
+    for name in ("z", "rollouts"):  # not set by the checkpoint, yet its score depends on them
         own = getattr(args, name)
         if settings.get(name, own) != own:
             cli.say(f"--{name} {own}: the run was validated with --{name} {settings[name]}")

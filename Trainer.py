@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import dataloader
 from dataloader import Dataset_Dance, frame_transform  # noqa: F401 (template scripts import them)
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
-from utils import distributed, logger, options, session
+from utils import distributed, figures, logger, options, session
 from utils.averaging import begin_average, network_state, update_average, validated_weights
 from utils.checkpoint import (
     adopt_settings, file_version, load_weights, read_checkpoint, write_checkpoint)
@@ -474,7 +474,7 @@ class VAE_Model(nn.Module):
         with cli.catching_signals(cli.stop):
             dataloader.open_training_data(self)
         if self.args.tensorboard:
-            logger.tensorboard_writer()
+            figures.tensorboard_writer()
         make_folder(self.args.save_root)
         begin_average(self)
         with session.guarded(self):
@@ -587,7 +587,7 @@ class VAE_Model(nn.Module):
 
     def make_gif(self, images_list, img_name, duration=GIF_TICK):
         """Write frames (3, H, W) in [0, 1] as a GIF, `duration` milliseconds each."""
-        logger.write_gif(images_list, img_name, duration)
+        figures.write_gif(images_list, img_name, duration)
 
     def tqdm_bar(self, mode, pbar, loss, lr=0.0, advance=1):
         """Advance a bar ("train" or "val"); show the schedules and the loss (val: PSNR so far)."""

@@ -1,168 +1,43 @@
-"""Turn images on disk into tensors: folder layout and its checks, decoded splits, cuts, windows.
+"""Turn a data folder into tensors: decoded splits, windows, and the rollout pool.
 
-    DR/train/train_img/*.png   DR/train/train_label/*.png     frames and poses, same names
-    DR/val/val_img/*.png       DR/val/val_label/*.png         one validation sequence
-    DR/test/test_img/{0..4}/*  DR/test/test_label/{0..4}/*    first frames, and all poses
+    dataset = Dataset_Dance("data", frame_transform(32, 64), "train", video_len=16)
+    imgs, labels = dataset[0]  # frames and poses, each (16, 3, 32, 64) in [0, 1]
 
-Images are ordered by the one integer in their name. `Dataset_Dance` has the template's interface
-and decodes an image whenever a window holds it. Given a `Frames` (every image decoded and resized
-once, as uint8), it slices instead; the batches are bitwise identical.
+`Dataset_Dance` has the template's interface and decodes an image whenever a window holds it. Given
+a `Frames` (every image decoded and resized once, as uint8), the dataset slices instead; the batches
+are bitwise identical. The layout of the folder is in utils/data_folder.py, its cuts in
+utils/cuts.py.
 """
 
-import os
-import re
-import signal
-import traceback
-from contextlib import contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 
-from utils.cli import INTERRUPTED, UserError  # before PyTorch: see utils/__init__.py
+from utils.cli import UserError  # before PyTorch: see utils/__init__.py
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import transforms
 
 from utils import distributed
+from utils.cuts import find_clips
+from utils.data_folder import (  # noqa: F401 (scripts import all four from this module)
+    image_number, list_images, list_pairs, list_test_sequences)
+from utils.frame_cache import cache_folder, cached, decode, read_image, to_float
+from utils.loader_processes import ImageLoader
 from utils.options import require
 from utils.schedules import data_share
-from utils.frame_cache import cache_folder, cached, decode, read_image, to_float
 
-IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
-REACH = 8       # frames to each side that a cut is judged by
-LAST_BATCH = 3  # seconds that a loader process has for it after SIGTERM
+POSE_SAMPLE = 4096  # training poses for BatchNorm recalibration
 
 
-# ---------------------------------------------------------------- images
+# ---------------------------------------------------------------- decoded splits
 
 def frame_transform(frame_H, frame_W):
     """Return the course's transform: a PIL image to float32 (3, frame_H, frame_W) in [0, 1]."""
     return transforms.Compose([transforms.Resize((frame_H, frame_W)), transforms.ToTensor()])
 
 
-def image_number(path):
-    """Return the one integer in the name of an image ("12.png", "frame12.png")."""
-    numbers = re.findall(r"\d+", path.stem)
-    if len(numbers) != 1:
-        raise UserError(f"{path}: the name holds {len(numbers) or 'no'} integers; "
-                        f"expected exactly one, like 12.png")
-    return int(numbers[0])
-
-
-def list_images(folder):
-    """Return the images of a folder, ordered by the integers in their names.
-
-    Hidden files and files that are no images are passed over.
-    """
-    folder = Path(folder)
-    try:
-        with os.scandir(folder) as entries:
-            # a link that points nowhere is kept: reading it fails with its name
-            paths = [folder / entry.name for entry in entries if not entry.name.startswith(".")
-                     and (not os.path.isdir(entry) if entry.is_symlink() else entry.is_file())]
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}; "
-                        f"expected a folder of images") from None
-    images = by_number((path for path in sorted(paths) if path.suffix.lower() in IMAGES),
-                       image_number)
-    if not images:
-        raise UserError(f"{folder}: holds no images; expected files like 0.png")
-    return list(images.values())
-
-
-def by_number(paths, number):
-    """Return {number(path): path} in numeric order. UserError where two numbers are equal."""
-    numbered = {}
-    for path in paths:
-        other = numbered.setdefault(number(path), path)
-        if other != path:
-            raise UserError(f"{path}: has the same number as {other.name}; "
-                            f"expected every number once")
-    return dict(sorted(numbered.items()))
-
-
-def list_pairs(root, mode):
-    """Return the frames and the pose images of the train or val split: equally long lists."""
-    check_root(root, mode)
-    frames = list_images(Path(root) / mode / f"{mode}_img")
-    labels = list_images(Path(root) / mode / f"{mode}_label")
-    frame_at, label_at = ({image_number(p): p for p in paths} for paths in (frames, labels))
-    for number in sorted(frame_at.keys() ^ label_at.keys()):
-        if number in frame_at:
-            raise UserError(f"{frame_at[number]}: has no pose image; "
-                            f"expected {labels[0].parent / frame_at[number].name}")
-        raise UserError(f"{label_at[number]}: has no frame; "
-                        f"expected {frames[0].parent / label_at[number].name}")
-    return frames, labels
-
-
-def list_test_sequences(root):
-    """Return [(first frame, pose images)] of every test sequence, ordered by folder number."""
-    check_root(root, "test")
-    image_root, label_root = Path(root) / "test" / "test_img", Path(root) / "test" / "test_label"
-    images, labels = list_number_folders(image_root), list_number_folders(label_root)
-    for number in sorted(images.keys() ^ labels.keys()):
-        folder, missing, other = ((images[number], "poses", label_root) if number in images
-                                  else (labels[number], "first frame", image_root))
-        raise UserError(f"{folder}: has no {missing}; expected {other / folder.name}")
-    sequences = []
-    for number, folder in images.items():
-        firsts = list_images(folder)
-        if len(firsts) != 1:
-            raise UserError(f"{folder}: holds {len(firsts)} images; "
-                            f"expected one, the first frame of the sequence")
-        sequences.append((firsts[0], list_images(labels[number])))
-    # a submission has rows by position: behind a gap they would be another sequence's
-    for number in range(min(images), max(images)):
-        if number not in images:
-            raise UserError(f"{image_root / str(number)}: is missing; expected folders with "
-                            f"consecutive numbers, here {min(images)} to {max(images)}")
-    return sequences
-
-
-def list_number_folders(root):
-    """Return {number: folder} of the folders below root that are named by a number, in order."""
-    try:
-        folders = [path for path in Path(root).iterdir()
-                   if path.is_dir() and path.name.isdecimal()]
-    except OSError as error:
-        raise UserError(f"{root}: {error.strerror or error}; "
-                        f"expected folders 0, 1, 2, ...") from None
-    if not folders:
-        raise UserError(f"{root}: holds no sequence; expected folders 0, 1, 2, ...")
-    return by_number(sorted(folders), lambda path: int(path.name))
-
-
-def check_root(root, mode):
-    """Raise UserError where the data folder is one or two above or below --DR."""
-    root = Path(root)
-    if not os.path.isdir(root / mode):
-        for folder in folders_around(root):
-            if os.path.isdir(folder / mode / f"{mode}_img"):
-                raise UserError(f"--DR {root}: holds no {mode}/; expected the folder that has "
-                                f"train/, val/ and test/, which is {folder}")
-
-
-def folders_around(root):
-    """Yield the two folders above root, then those one and two levels below it."""
-    yield from list(Path(os.path.abspath(root)).parents)[:2]
-    level = [root]
-    for _ in range(2):
-        below = []
-        for folder in level:
-            with suppress(OSError), os.scandir(folder) as entries:
-                # no need to look far: somebody's home may be at --DR
-                below += [folder / entry.name for entry in islice(entries, 100)
-                          if not entry.name.startswith(".") and entry.is_dir()]
-        yield from sorted(below)
-        level = below
-
-
-# ---------------------------------------------------------------- decoded splits
-
 class Frames:
-    """Every frame and pose image of a train or val split, uint8 (N, 3, H, W), on one device.
+    """Hold every frame and pose image of a train or val split, uint8 (N, 3, H, W), on one device.
 
     cache_dir: where the decoded arrays are kept (see `cache_folder`).
     """
@@ -176,23 +51,27 @@ class Frames:
             for paths, what in ((frames, "frames"), (labels, "poses")))
 
     def to(self, device):
-        """Move to `device` where the set takes at most a quarter of its free memory."""
+        """Move to a CUDA device if the split takes at most a quarter of its free memory."""
         if (torch.device(device).type == "cuda"
                 and 4 * 2 * self.imgs.numel() < torch.cuda.mem_get_info(device)[0]):
             self.imgs, self.labels = self.imgs.to(device), self.labels.to(device)
         return self
 
     def take(self, index):
-        """Return frames and poses at a tensor of indices, bitwise what ToTensor gives."""
-        # index_select copies whole frames, a tensor as an index value by value
+        """Return frames and poses at a tensor of indices, each (*index.shape, 3, H, W).
+
+        Values are float32 in [0, 1], bitwise what ToTensor gives.
+        """
+        # faster than imgs[rows]: index_select copies whole frames, indexing value by value
         rows = index.flatten().to(self.imgs.device, non_blocking=True)
         return tuple(to_float(images.index_select(0, rows)).unflatten(0, index.shape)
                      for images in (self.imgs, self.labels))
 
     def windows(self, starts, length):
-        """Return the windows of `length` frames that begin at the list `starts`, with their poses.
+        """Return the windows that begin at a list of frame indices, and their poses.
 
-        As `take`, and faster where each window begins at the end of the previous window.
+        Both are (len(starts), length, 3, H, W), with the values of `take`. Faster than `take` where
+        each window begins at the end of the previous window.
         """
         first, end = starts[0], starts[0] + len(starts) * length
         if starts == list(range(first, end, length)):
@@ -201,69 +80,19 @@ class Frames:
         return self.take(torch.tensor(starts)[:, None] + torch.arange(length))
 
 
-# ---------------------------------------------------------------- cuts
-
-def find_clips(imgs):
-    """Return the start indices of the clips in uint8 frames (N, 3, H, W), and N.
-
-    Clip i is frames [starts[i], starts[i + 1]). A cut is a frame that differs from the previous
-    frame by 0.01 more than three times what is usual around it (`usual_jump`; both are mean
-    absolute differences), and that starts something new (`comes_back`). A clip has at least two
-    frames, so that there is always a frame to predict.
-    """
-    count = len(imgs)
-    jump = np.zeros(count)
-    for start in range(1, count, 1024):
-        jump[start:start + 1024] = mean_difference(imgs[start:start + 1024],
-                                                   imgs[start - 1:min(start + 1023, count - 1)])
-    moved = np.flatnonzero(jump)  # a held frame is no motion
-    starts = [0]
-    for i in np.flatnonzero(jump[moved] > 0.01):
-        t, limit = int(moved[i]), 0.01 + 3 * usual_jump(jump[moved], i)
-        if (jump[t] > limit and t - starts[-1] >= 2 and count - t >= 2
-                and not comes_back(imgs, t, limit)):
-            starts.append(t)
-    return starts + [count]
-
-
-def usual_jump(jump, i):
-    """Return the median of the 16 jumps around jump i, far smaller ones left out.
-
-    A held frame that was compressed once more has such a small jump, and so has the frame before
-    or after a fade: a median that counts them would take ordinary motion, or a fade, for a cut.
-    """
-    first = max(0, min(i - REACH, len(jump) - 1 - 2 * REACH))  # 16 at the ends, too
-    around = np.sort(np.delete(jump[first:first + 2 * REACH + 1], i - first))
-    return np.median(around[around >= around[-2:][0] / 3]) if len(around) else 0.0
-
-
-def comes_back(imgs, t, limit):
-    """Return whether a frame soon after a jump at t is like one before it, as after a flash."""
-    after, before = imgs[t + 1:t + REACH], imgs[max(0, t - REACH):t - 1]
-    return any(len(frames) and mean_difference(frames, imgs[at:at + 1]).min() <= limit
-               for frames, at in ((after, t - 1), (before, t)))
-
-
-def mean_difference(frames, others):
-    """Return the mean absolute difference of each pair of uint8 frames, (N,), 1 being white."""
-    frames, others = (np.asarray(torch.as_tensor(x).cpu(), dtype=np.float32)  # may be on a GPU
-                      for x in (frames, others))
-    return np.abs(frames - others).mean((1, 2, 3)) / 255
-
-
 # ---------------------------------------------------------------- the dataset and its loaders
 
 class Dataset_Dance(Dataset):
-    """Windows of consecutive frames with their poses.
+    """Give windows of consecutive frames with their poses.
 
     root: the data folder (--DR). transform: any torchvision transform of a PIL image; not used
     where `frames`, a `Frames` of this split, is given to slice from. mode: train, val or test.
-    video_len: frames a window; sample i starts at frame i * video_len. partial: the first share of
-    the frames, in (0, 1].
+    video_len: frames of a window; sample i starts at frame i * video_len. partial: the first share
+    of the frames, in (0, 1].
 
     A sample is (imgs, labels), each (video_len, 3, H, W); in test mode the first frame
-    (1, 3, H, W) and all poses (n, 3, H, W) of a sequence. UserError where the folders don't hold
-    what they should.
+    (1, 3, H, W) and all poses (n, 3, H, W) of a sequence. UserError for a folder that lacks images
+    or has another layout.
     """
 
     def __init__(self, root, transform, mode="train", video_len=7, partial=1.0, frames=None):
@@ -305,84 +134,15 @@ class Dataset_Dance(Dataset):
                      for paths in (self.img_paths, self.label_paths))
 
     def read(self, paths):
-        """Decode and transform images, (len(paths), 3, H, W)."""
+        """Return images, decoded and transformed, (len(paths), 3, H, W)."""
         return torch.stack([self.transform(read_image(path)) for path in paths])
 
 
-def _leave_signals_to_the_parent(worker):
-    """Set up a loader process: its parent alone decides what a signal means.
-
-    Ctrl-C and the like come to the whole group. SIGTERM may come to the group too, and is also how
-    a process ends its children: so it ends this one, but late enough for a batch that the parent
-    still waits for.
-    """
-    for number in INTERRUPTED:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # not on Windows, where a parent ends its children without asking
-        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(LAST_BATCH))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTED)  # `signals_blocked` blocked them
-
-
-@contextmanager
-def signals_blocked():
-    """Inside, Ctrl-C and the like wait; a process that is started there inherits that."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTED)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class ImageLoader(DataLoader):
-    """A DataLoader that leaves signals to this process and whose errors are one line.
-
-    num_workers: loader processes, at most one for each core that this process may use.
-    """
-
-    def __init__(self, dataset, batch_size, num_workers=0, **options):
-        # a generator of its own: starting a loader must not move the one that training draws from
-        super().__init__(dataset, batch_size, num_workers=min(num_workers, usable_cores()),
-                         generator=torch.Generator(),
-                         worker_init_fn=_leave_signals_to_the_parent, **options)
-
-    def __iter__(self):
-        try:
-            yield from self.started()
-        except Exception as error:
-            # PyTorch's frames hold the error that holds them, and the loader processes with them
-            traceback.clear_frames(error.__traceback__)
-            if isinstance(error, UserError):  # the loader process's traceback stands before it
-                raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
-            if isinstance(error, OSError):  # no more processes, or no more open files
-                raise UserError(f"--num_workers {self.num_workers}: {error.strerror or error}; "
-                                f"expected fewer processes, or --num_workers 0") from None
-            raise
-
-    def started(self):
-        """Return a DataLoader's iterator, its processes started without a signal in between.
-
-        One that comes between a process's start and its set-up would end it with a traceback.
-        """
-        with signals_blocked():
-            return super().__iter__()
-
-
-def usable_cores():
-    """Return how many cores this process may use: taskset and batch systems give fewer."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 class WindowLoader:
-    """Batches of windows sliced from a `Frames`-backed dataset, in order or along `order`.
+    """Slice batches of windows from a dataset that has a `Frames`, in order or along `order`.
 
-    Yields (imgs, labels) as a DataLoader does, each (batch_size, video_len, 3, H, W) float32. The
-    last, smaller batch is dropped.
+    Yields (imgs, labels) as a DataLoader does, each (batch_size, video_len, 3, H, W), float32 in
+    [0, 1]. A last, smaller batch is dropped.
     """
 
     def __init__(self, dataset, batch_size, order=None):
@@ -400,7 +160,10 @@ class WindowLoader:
 
 
 def window_loader(dataset, batch_size, workers, order=None):
-    """Return batches of a dataset's windows along `order`: sliced from decoded frames, or decoded by worker processes."""
+    """Return batches of a dataset's windows along `order`, a `WindowLoader` or an `ImageLoader`.
+
+    workers: loader processes that decode, where the dataset has no decoded frames to slice.
+    """
     if dataset.frames is not None:
         return WindowLoader(dataset, batch_size, order)
     return ImageLoader(dataset, batch_size, workers, sampler=order, drop_last=True)
@@ -408,13 +171,10 @@ def window_loader(dataset, batch_size, workers, order=None):
 
 # ---------------------------------------------------------------- what a training stage needs
 
-POSE_SAMPLE = 4096  # training poses for BatchNorm recalibration
-
-
 def open_split(args, mode, video_len, partial, decoded, device):
     """Return the Dataset_Dance of a split, whose frames are decoded once unless --no_cache.
 
-    decoded: the splits' `Frames` so far, a dict by mode.
+    decoded: a dict of `Frames` by mode, to which a split decoded by this call is added.
     """
     require(args, "DR")
     size = args.frame_H, args.frame_W
@@ -426,11 +186,15 @@ def open_split(args, mode, video_len, partial, decoded, device):
 
 
 def open_training_data(model):
-    """Decode the data of a model's training stage and start its pool, before anything is written."""
+    """Decode the data of a model's training stage and start its pool; write nothing into save_root.
+
+    UserError for data that are missing or too few for one batch.
+    """
     args, state, session = model.args, model.state, model.session
     require(args, "DR", "save_root")
-    Dataset_Dance(args.DR, None, "val", args.val_vi_len)  # what needs no decoding first
-    # the epochs that see least data need a batch, too
+    # mistakes in the validation data show before minutes of decoding
+    Dataset_Dance(args.DR, None, "val", args.val_vi_len)
+    # the epochs that see the least data need a batch, too
     share = min(data_share(args, epoch) for epoch in (state.epoch, args.num_epoch - 1))
     share = 1.0 if args.pool else share
     windows = len(Dataset_Dance(args.DR, None, "train", args.train_vi_len, share))
@@ -448,12 +212,17 @@ def open_training_data(model):
 
 
 def check_batch_size(args, windows, world):
-    """Raise UserError where a batch holds more than the pool's rollouts, or than this many windows on each rank."""
+    """Raise UserError where a batch needs more rollouts, or more windows on a rank, than there are.
+
+    windows: those of the training data, divided among `world` processes.
+    """
     if args.pool and args.batch_size > args.pool:
-        raise UserError(f"--batch_size {args.batch_size}: expected at most the {args.pool} rollouts of --pool")
+        raise UserError(f"--batch_size {args.batch_size}: expected at most the {args.pool} "
+                        f"rollouts of --pool")
     if not args.pool and windows // world < args.batch_size:
-        raise UserError(f"--batch_size {args.batch_size}: the training data hold {windows} windows of "
-                        f"{args.train_vi_len} frames for {world} process(es); expected at least one batch each")
+        raise UserError(f"--batch_size {args.batch_size}: the training data hold {windows} windows "
+                        f"of {args.train_vi_len} frames for {world} process(es); expected at least "
+                        f"one batch each")
 
 
 def sample_poses(dataset, count, args):
@@ -469,19 +238,21 @@ def clips_of(dataset, args):
     """Return `find_clips` of a dataset's frames."""
     if dataset.frames:
         return find_clips(dataset.frames.imgs)
-    imgs = decode(dataset.img_paths, args.frame_H, args.frame_W, args.num_workers, desc="finding cuts")
+    imgs = decode(dataset.img_paths, args.frame_H, args.frame_W, args.num_workers,
+                  desc="finding cuts")
     return find_clips(imgs)
 
 
 class RolloutPool:
-    """Rollouts that run beside the training; each holds the frame that it generated last.
+    """Keep rollouts that run beside the training, each with its last generated frame.
 
-    A training step draws a few of them, predicts from each one's frame a frame of the same clip, and
-    puts the prediction back. So the network trains on frames that are dozens of its own steps deep, at
-    the price of one step. A teacher-forced rollout restarts from a true frame anywhere in the data.
+    A training step draws a few rollouts, predicts from the frame of each a frame of the same clip,
+    and puts the prediction back. So the network trains on frames that are dozens of its own steps
+    deep, at the price of one step. A teacher-forced rollout restarts from a true frame anywhere in
+    the data.
 
-    dataset: a Dataset_Dance of the train split. clips: `find_clips` of its frames; no window crosses a
-    cut. device: where the network is; the pool's frames stay there.
+    dataset: a Dataset_Dance of the train split. clips: `find_clips` of its frames; no window
+    crosses a cut. device: where the network is; the pool's frames stay there.
     """
 
     def __init__(self, dataset, clips, size, seed, device="cpu"):
@@ -497,12 +268,14 @@ class RolloutPool:
     def draw(self, batch_size, length, next_share, teacher_forced):
         """Return windows and poses, each (B, length, 3, H, W); frame 0 is a rollout's.
 
+        next_share: probability in [0, 1] that a window is the next one of its clip, else any one.
         teacher_forced: bool (B,), rollouts that restart from a true frame.
         """
         drawn = torch.randperm(len(self.position), generator=self.generator)[:batch_size]
-        position = torch.where(teacher_forced, self.random_positions(batch_size), self.position[drawn])
+        restart = self.random_positions(batch_size)
+        position = torch.where(teacher_forced, restart, self.position[drawn])
 
-        # the frames to predict: those that follow in the clip, or any others of it
+        # the frames to predict: those that follow in the clip, or any others of the clip
         clip = torch.searchsorted(self.clips, position, right=True)
         first = self.clips[clip - 1]
         last = (self.clips[clip] - length + 1).clamp(min=first)
@@ -515,29 +288,32 @@ class RolloutPool:
         index = start[:, None] + torch.arange(length - 1)
         index = torch.minimum(index, self.clips[clip][:, None] - 1)
 
-        # the previous frame: the true one under teacher forcing, else the one generated last
+        # the previous frame: the true frame under teacher forcing, else the last generated one
         self.drawn, self.arrived = drawn, index[:, -1]
         self.rows, forced, truth, img, label = (x.to(self.device, non_blocking=True) for x in (
             drawn, teacher_forced.view(-1, 1, 1, 1), self.dataset.take(position)[0],
             *self.dataset.take(index)))
         self.previous = torch.where(forced, truth, self.frames.index_select(0, self.rows))
-        # a step never looks at the pose of the previous frame: any pose will do in its place
+        # a step never looks at the pose of the previous frame: any pose fills its place
         return torch.cat([self.previous[:, None], img], 1), torch.cat([label[:, :1], label], 1)
 
     def put(self, generated):
-        """Store the last frames (B, 3, H, W) generated from the drawn windows, clamped to [0, 1]."""
+        """Store the last frames generated from the drawn windows, (B, 3, H, W), clamped to [0, 1].
+
+        A frame that is not finite leaves its rollout at the previous frame.
+        """
         finite = generated.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)
         frames = torch.where(finite, generated.float().clamp(0, 1), self.previous)
         self.frames.index_copy_(0, self.rows, frames)
         self.position[self.drawn] = self.arrived
 
     def state_dict(self):
-        """Return where every rollout stands, and the random generator's state."""
+        """Return the rollouts' frames and positions, and the random generator's state."""
         return {"generator": self.generator.get_state(), "position": self.position,
                 "frames": self.frames.cpu()}
 
     def load_state_dict(self, state):
-        """Take the state of `state_dict`; a pool of another size or frame shape starts anew."""
+        """Restore the state of `state_dict`; with another size or frame shape, start afresh."""
         if state["frames"].shape != self.frames.shape:
             return
         self.generator.set_state(state["generator"])

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, TINY, run_cli
-from utils.logger import write_gif
+from utils.figures import write_gif
 
 # a notebook's cell: the user's own figure and backend, then ours
 CELL = """
 import sys
 {before}
-from utils.logger import plot_psnr
+from utils.figures import plot_psnr
 plot_psnr([20.0, 21.0], sys.argv[1])
 assert "matplotlib.pyplot" not in sys.modules or {pyplot}
 import matplotlib

@@ -65,7 +65,7 @@ def test_a_package_that_is_broken(tiny_data, tmp_path, error):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
-    from utils.logger import open_tensorboard
+    from utils.figures import open_tensorboard
 
     pytest.importorskip("tensorboard")
     (tmp_path / "file").touch()

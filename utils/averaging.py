@@ -1,4 +1,4 @@
-"""Averaged weights: an exponential moving average (EMA), and BatchNorm's statistics for it."""
+"""Average weights over steps (EMA), and recalibrate BatchNorm's statistics for the average."""
 
 from contextlib import contextmanager
 
@@ -11,14 +11,14 @@ from utils.hardware import channels_last
 
 
 def begin_average(model):
-    """Begin the average of a model's weights, where --ema asks for one and none is there."""
+    """Begin the average of a model's weights where --ema is given, unless it has begun."""
     if model.args.ema and model.state.average is None:
         weights = model.named_parameters()
         model.state.average = {name: p.detach().clone() for name, p in weights}
 
 
 def update_average(model):
-    """Move the average towards the weights of the step just taken."""
+    """Move the average towards the weights after the newest step."""
     state = model.state
     if state.average is None:
         return
@@ -30,9 +30,9 @@ def update_average(model):
 
 @contextmanager
 def validated_weights(model):
-    """Inside, a model holds the weights that are validated and kept: averaged ones, if any.
+    """Give a model, inside, the weights that are validated and saved: averaged weights, if any.
 
-    BatchNorm's statistics are recalibrated for them: running averages lag behind moving weights.
+    BatchNorm's statistics are recalibrated for these weights: running averages lag behind.
     """
     average, poses = model.state.average, model.session.poses
     if average is None and poses is None:
@@ -52,23 +52,23 @@ def validated_weights(model):
 
 @torch.no_grad()
 def recalibrate_batchnorm(model, poses):
-    """Compute BatchNorm's statistics over poses, uint8 (N, 3, H, W) (Wu & Johnson 2021)."""
+    """Recompute BatchNorm's statistics over poses, uint8 (N, 3, H, W) (Wu & Johnson 2021)."""
     blocks = max(1, len(poses) // 128)
     stem = nn.Sequential(*list(model.label_transformation)[:3])
-    # a block is every blocks-th pose, so that means are alike and variances may be averaged
+    # strided blocks of poses have similar means, so that their variances may be averaged
     parts = (poses[i::blocks].float().div(255).to(model.device) for i in range(blocks))
     update_bn(map(channels_last, parts), stem)
 
 
 def network_state(model):
-    """Return a copy of the five networks' weights, by the keys that a checkpoint has."""
+    """Return a copy of the five networks' weights, a dict by a checkpoint's keys."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()
             if name.split(".")[0] in NETWORKS}
 
 
 @torch.no_grad()
 def load_network_state(model, weights):
-    """Take the weights of `network_state`."""
+    """Restore the weights of `network_state`."""
     own = model.state_dict()
     for name, value in weights.items():
         own[name].copy_(value)

@@ -1,8 +1,7 @@
-"""Checkpoints: writing them atomically, and reading third-party ones safely.
+"""Write checkpoints atomically, and read any, third-party ones included, without running code.
 
-A checkpoint is one dict of plain types and tensors, so `torch.load(path, weights_only=True)` reads
-it. Loading never runs code from a file. Third-party checkpoints are brought into the same shape:
-see `read_checkpoint`.
+A checkpoint is one dict of plain types and tensors, which `torch.load(path, weights_only=True)`
+reads. Third-party checkpoints are brought into the same shape: see `read_checkpoint`.
 PyTorch is imported where it is needed, so that scripts that only name the networks start at once.
 """
 
@@ -24,12 +23,11 @@ NETWORKS = ("frame_transformation", "label_transformation", "Gaussian_Predictor"
             "Generator")
 
 # parts of a key that wrappers add: DataParallel and DistributedDataParallel, torch.compile, FSDP,
-# activation checkpointing, and modules of somebody's own that hold the model
+# activation checkpointing, and third-party modules that hold the model
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model",
             "net"}
 
-# what third-party checkpoints hold beside tensors: NumPy numbers and parsed arguments, which
-# cannot run code
+# types in third-party checkpoints beside tensors, none of which can run code
 _HARMLESS = [Namespace, np.dtype, np.ndarray]
 _HARMLESS += [type(np.dtype(kind)) for kind in "?bhilqBHILQefd"]
 _HARMLESS += [(function, f"numpy.{package}.multiarray.{function.__name__}")
@@ -38,7 +36,7 @@ _HARMLESS += [(function, f"numpy.{package}.multiarray.{function.__name__}")
 
 
 def on_cpu(value):
-    """Return a checkpoint with all its tensors on the CPU, for a machine without a GPU."""
+    """Return a checkpoint with its tensors on the CPU, so that a machine without a GPU loads it."""
     if isinstance(value, dict):
         return {key: on_cpu(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -47,7 +45,7 @@ def on_cpu(value):
 
 
 def write_checkpoint(path, checkpoint):
-    """Write a file with torch.save, atomically. UserError for a full disk; the old file stays."""
+    """Write a checkpoint with torch.save, atomically. UserError for a full disk."""
     import torch
 
     with atomic(path) as aside:
@@ -60,10 +58,10 @@ def write_checkpoint(path, checkpoint):
 def read_checkpoint(path):
     """Return a checkpoint as a dict whose `state_dict` has exactly the keys of the five networks.
 
-    Taken: ours; the template's, whose `optimizer` is a second copy of the weights (`optimizer` is
-    None then); weights under `optimizer` alone; a bare state_dict; parts of keys that wrappers add
-    (WRAPPERS); NumPy numbers; extra keys; tensors saved on any device (they arrive on the CPU).
-    UserError for everything else, a file with code in it included.
+    Accepted: this project's checkpoints; the template's, whose `optimizer` is a second copy of the
+    weights (returned as None); weights under `optimizer` alone; a bare state_dict; keys with the
+    parts that wrappers add (WRAPPERS); NumPy numbers; extra keys; tensors from any device (returned
+    on the CPU). UserError for everything else, a file with code in it included.
     """
     loaded = _load(path)
     if not isinstance(loaded, dict):
@@ -96,10 +94,10 @@ def _load(path):
     expected = "expected a file written by torch.save"
     try:
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is said in one line
+            warnings.simplefilter("ignore")  # the UserError below is one line
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        # a cut archive, in PyTorch's words
+        # PyTorch reports a truncated archive as EINVAL
         cut = error.errno == errno.EINVAL
         problem = "is not a whole checkpoint" if cut else error.strerror or error
         raise UserError(f"{path}: {problem}; {expected}") from None
@@ -115,7 +113,7 @@ def _load(path):
 
 
 def file_version(path):
-    """Return what changes when a file is written again; None where the file is gone."""
+    """Return a tuple that changes when a file is written again; None where the file is gone."""
     try:
         found = os.stat(path)
     except OSError:
@@ -124,22 +122,25 @@ def file_version(path):
 
 
 def is_latest_in(folder, path):
-    """Tell whether a checkpoint is in a folder, and of the moment that last.ckpt there is of."""
+    """Return whether a checkpoint is in a folder and was written after the same step as last.ckpt.
+
+    False for a checkpoint that holds no training state.
+    """
     path, last = Path(path).resolve(), Path(folder).resolve() / "last.ckpt"
     if path == last:
         return True
     if path.parent != last.parent or not last.exists():
         return False
     try:
-        moments = [(loaded["last_epoch"], loaded["resume"]["state"]["step"])
-                   for loaded in map(read_checkpoint, (path, last))]
-    except (UserError, KeyError, TypeError):  # a damaged last.ckpt, a third-party one
+        own, latest = [(loaded["last_epoch"], loaded["resume"]["state"]["step"])
+                       for loaded in map(read_checkpoint, (path, last))]
+    except (UserError, KeyError, TypeError):  # a damaged or third-party checkpoint
         return False
-    return moments[0] == moments[1]
+    return own == latest
 
 
 def is_resumable(path):
-    """Return whether a checkpoint is there that holds a run of this project, not weights alone."""
+    """Return whether a file is a checkpoint that a run of this project can resume from."""
     try:
         return isinstance(read_checkpoint(path).get("resume"), dict)
     except UserError:
@@ -147,7 +148,7 @@ def is_resumable(path):
 
 
 def _figure(value, kind, low, high):
-    """Return a number, NumPy scalar or tensor of one number as int or float; None out of range."""
+    """Return a number, NumPy scalar or tensor of one number as `kind`; None outside [low, high]."""
     import torch
 
     try:
@@ -160,10 +161,10 @@ def _figure(value, kind, low, high):
 
 
 def _weights(candidate, path):
-    """Return the five networks' tensors in a dict by their own keys; {} where there are none.
+    """Return the five networks' tensors, a dict by their own keys; {} where there are none.
 
-    What wrappers add to a key is removed wherever it stands. UserError where that makes two
-    different tensors one key.
+    Parts of a key that wrappers add are removed. UserError where two different tensors then have
+    the same key.
     """
     import torch
 
@@ -183,7 +184,7 @@ def _weights(candidate, path):
 
 
 def sizes(checkpoint):
-    """Return F_dim, L_dim, N_dim and D_out_dim of a checkpoint, those that its weights tell."""
+    """Return those of F_dim, L_dim, N_dim and D_out_dim that a checkpoint's weights determine."""
     last_layers = {"F_dim": ("frame_transformation.6.weight", 1),
                    "L_dim": ("label_transformation.4.conv1.weight", 1),
                    "N_dim": ("Gaussian_Predictor.6.weight", 2),
@@ -217,10 +218,10 @@ def load_weights(model, weights, path):
 
 
 def optimizer_fits(optimizer, parameters, squared):
-    """Tell whether an optimizer's state_dict is an Adam's, AdamW's or Muon's for these parameters.
+    """Return whether an optimizer's state_dict fits these parameters under Adam, AdamW or Muon.
 
-    Third-party checkpoints hold all kinds. squared: for each parameter whether it has a second
-    moment, which Muon's matrices lack.
+    Third-party checkpoints hold any optimizer. squared: for each parameter, whether its state has
+    `exp_avg_sq`, which Muon's matrices lack.
     """
     try:
         states = [optimizer["state"][i] for i in optimizer["param_groups"][0]["params"]]
@@ -234,9 +235,10 @@ def optimizer_fits(optimizer, parameters, squared):
 
 
 def adopt_settings(args, parser, names=None):
-    """Take the settings of the checkpoint at args.ckpt_path for flags that are not on the command line.
+    """Set flags that are not on the command line as the checkpoint at args.ckpt_path has them.
 
-    names: the flags to take; None takes all that say what to train. A given flag that differs is said. Returns all of its settings.
+    names: the flags to set; None for all but those of the machine. A given flag that differs is
+    printed. Returns all settings of the checkpoint, a dict.
     """
     loaded = read_checkpoint(as_list(args.ckpt_path)[0])
     settings = loaded["args"] if isinstance(loaded.get("args"), dict) else {}
@@ -248,10 +250,12 @@ def adopt_settings(args, parser, names=None):
         if name not in args.given:
             setattr(args, name, settings[name])
             if name == "DR" and settings[name] and not os.path.isdir(settings[name]):
-                raise UserError(f"--DR {settings[name]}: what {args.ckpt_path} was trained on is not here; expected the data folder as --DR")
+                raise UserError(f"--DR {settings[name]}: what {args.ckpt_path} was trained on is "
+                                f"missing; expected the data folder as --DR")
         elif getattr(args, name) != settings[name]:
             say(f"--{name} {getattr(args, name)}: the checkpoint has {settings[name]}")
-    # a flag of the command line that began the run stays one
+    # a flag that was given when the run began counts as given in every resume
     before = loaded["resume"].get("given") if isinstance(loaded.get("resume"), dict) else None
-    args.given = sorted({*args.given, *(name for name in (before if isinstance(before, list) else ()) if name in names)})
+    before = before if isinstance(before, list) else []
+    args.given = sorted({*args.given, *(name for name in before if name in names)})
     return settings

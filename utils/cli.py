@@ -1,4 +1,4 @@
-"""What a user of the command line sees: one-line errors, exit statuses, signals, progress bars.
+"""Serve the command line: one-line errors, exit statuses, signals, progress bars, checked flags.
 
 The base module: it imports nothing of the project and no package that is slow to import.
 """
@@ -14,8 +14,9 @@ import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit status by signal, as a shell reports it
-if hasattr(signal, "SIGHUP"):  # a terminal that was closed, a connection that was lost; Windows has none
+# exit status by signal, as a shell reports it
+INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if hasattr(signal, "SIGHUP"):  # a closed terminal, a lost connection; not on Windows
     INTERRUPTED[signal.SIGHUP] = 129
 
 # PyTorch's errors where a loader process was killed, or has no room for a batch
@@ -24,11 +25,17 @@ LOADER_LOST = re.compile(r"DataLoader worker .*(is killed by signal|exited unexp
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct. Its one-line text names the file or flag and says what was expected."""
+    """Report a mistake that the user can correct.
+
+    The text is one line that names the file or flag and what was expected.
+    """
 
 
 class Stopped(BaseException):
-    """Work was stopped by a signal, in good order. `signal` is its number. Like KeyboardInterrupt no Exception, so none swallows it."""
+    """Report that a signal stopped the work in good order. `signal` is the signal's number.
+
+    Like KeyboardInterrupt no Exception, so that no handler of errors swallows it.
+    """
 
     def __init__(self, number):
         super().__init__(signal.Signals(number).name)
@@ -36,12 +43,14 @@ class Stopped(BaseException):
 
 
 def run(main, leave=sys.exit):
-    """Call main() as a command: exit 0 when done, 2 with one line on stderr for a UserError, 129, 130 and 143 when stopped, 1 for a bug.
+    """Call main() as a command, and leave(exit status).
 
-    leave: is called with the exit status.
+    The status is 0 when done, 2 with one line on stderr for a UserError, 129, 130 or 143 when
+    stopped by a signal, and 1 with a traceback for a bug.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a path that the terminal's encoding lacks must not end a run
+        # a path that the terminal's encoding lacks must not end a run
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
@@ -64,24 +73,29 @@ def run(main, leave=sys.exit):
         else:
             traceback.print_exc()
         status = 2 if lost else 1
-    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # no traceback from here on
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # no traceback at exit
     leave(status or 0)
 
 
 def loader_problem(error):
-    """Return what happened to a loader process: the line that says it, of a traceback maybe."""
-    text = f"{error}\n{error.__cause__ or ''}"  # the signal that killed a process is the cause
+    """Return the line of an error's text, maybe a traceback, that tells how a process was lost."""
+    text = f"{error}\n{error.__cause__ or ''}"  # the cause names the signal that killed a process
     lines = [line for line in text.splitlines() if LOADER_LOST.search(line)]
     return lines[-1].removeprefix("RuntimeError: ").strip().rstrip(".")
 
 
 @contextmanager
 def catching_signals(note):
-    """Inside, the signals of INTERRUPTED call note(signal number) instead of ending the process; nohup's SIGHUP stays ignored."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+    """Call note(signal number) inside for the signals of INTERRUPTED, which then end nothing.
+
+    A SIGHUP that nohup ignores stays ignored.
+    """
+    # only the main thread may set handlers
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda number, frame: note(number)) for number in INTERRUPTED
+    before = {number: signal.signal(number, lambda number, frame: note(number))
+              for number in INTERRUPTED
               if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
@@ -91,48 +105,54 @@ def catching_signals(note):
 
 
 def command_line(script, argv):
-    """Return the words of a command. script: its file. argv: what its `main` got; None is the process's own."""
+    """Return the words of a command, a list.
+
+    script: the command's file. argv: the arguments of its `main`; None for those of the process.
+    """
     if argv is None:
         return list(sys.argv)
-    here, script = Path.cwd(), Path(script).resolve()
-    script = script.relative_to(here) if script.is_relative_to(here) else script
+    folder, script = Path.cwd(), Path(script).resolve()
+    script = script.relative_to(folder) if script.is_relative_to(folder) else script
     return [str(script), *map(str, argv)]
 
 
 def stop(number):
-    """For `catching_signals`: the command ends the way it does after an error, so that nothing half-written is left."""
+    """Raise Stopped, as the `note` of `catching_signals`, so that nothing half-written is left."""
     raise Stopped(number)
 
 
 class _Lines:
-    """A stream for tqdm that ends every refresh with a newline, so that a bar stays readable in a log file."""
+    """End every refresh of a tqdm bar with a newline, so that a log file stays readable."""
 
     def __init__(self, stream):
         self.stream = stream
 
     def write(self, text):
+        """Write a refresh of the bar as a line of its own."""
         text = text.replace("\r", "").strip()
         if text:
             with suppress(OSError):  # as in `say`
                 self.stream.write(text + "\n")
 
     def flush(self):
+        """Flush the stream; pass over one that is closed or full."""
         with suppress(OSError):
             self.stream.flush()
 
 
 def progress(iterable=None, **options):
-    """tqdm(iterable, **options) on stderr: a live bar on a terminal, a line every 20 seconds in a file."""
-    from tqdm import tqdm  # here, so that scripts that show no bar run on a bare Python
+    """Return tqdm(iterable, **options) on stderr: a live bar, or a line every 20 s in a file."""
+    from tqdm import tqdm  # inside, so that scripts without a bar run on a bare Python
 
     options.setdefault("dynamic_ncols", True)
     if not sys.stderr.isatty():
-        options.update(file=_Lines(sys.stderr), mininterval=20, maxinterval=60, ascii=True, dynamic_ncols=False, ncols=120)
+        options.update(file=_Lines(sys.stderr), mininterval=20, maxinterval=60, ascii=True,
+                       dynamic_ncols=False, ncols=120)
     return tqdm(iterable, **options)
 
 
 def say(line):
-    """Print a line without breaking a bar that is on the screen; under torchrun, rank 0 alone does."""
+    """Print a line without breaking a bar on the screen; under torchrun only on rank 0."""
     if os.environ.get("RANK", "0") != "0":
         return
     from tqdm import tqdm
@@ -140,43 +160,51 @@ def say(line):
     try:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
-    except OSError:  # `| head` has seen enough, or the log's disk is full: no reason to end a run
+    except OSError:  # `| head` has ended, or the log's disk is full: no reason to end a run
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def number(kind, low, high=None, *, above=False, multiple=1):
-    """An argparse type: an int or float with low <= value <= high (low < value where `above`), never NaN or infinite.
+    """Return an argparse type: an int or float in [low, high], or (low, high] where `above`.
 
-    Without `high` an int is at most a thousand million, and a float is finite.
+    kind: int or float. Without `high` an int is at most 10^9 and a float is finite; NaN is refused.
+    multiple: the value is divisible by it.
     """
     high = (10**9 if kind is int else sys.float_info.max) if high is None else high
 
     def convert(text):
         value = kind(text)
         if not (low < value if above else low <= value) or not value <= high:
-            bounds = (f"above {low}" if above else f"of at least {low}") + ("" if high == sys.float_info.max else f" and at most {high}")
+            bounds = f"above {low}" if above else f"of at least {low}"
+            if high != sys.float_info.max:
+                bounds += f" and at most {high}"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {convert.__name__} {bounds}")
         if multiple > 1 and value % multiple:
             raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of {multiple}")
         return value
 
-    convert.__name__ = {int: "whole number", float: "number"}[kind]  # argparse names the type in its message
+    # argparse names the type in its message
+    convert.__name__ = {int: "whole number", float: "number"}[kind]
     return convert
 
 
 def path(text):
-    """An argparse type: a path. The empty one, as an unset shell variable gives it, would be the current folder."""
+    """Check that a path, an argparse type, is not empty.
+
+    An unset shell variable gives the empty path, which would be the current folder.
+    """
     if not text:
         raise argparse.ArgumentTypeError("'' is not a path")
     return text
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose flags keep their full names (no abbreviations)."""
+    """Parse arguments with one-line errors and without abbreviations of flags."""
 
     def __init__(self, **options):
         options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
+        """Exit with status 2 and the message as one line."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

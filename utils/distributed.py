@@ -1,4 +1,7 @@
-"""The ranks of a run under torchrun: start, agree, broadcast, leave. One process alone needs none of it."""
+"""Connect the ranks of a run under torchrun: start, broadcast, agree on signals, leave.
+
+In a process alone every function returns at once.
+"""
 
 import os
 import shlex
@@ -18,7 +21,7 @@ def started():
 
 
 def rank():
-    """Return the number of this process; rank 0 validates and writes."""
+    """Return the number of this process, from 0; rank 0 validates and writes."""
     return dist.get_rank() if started() else 0
 
 
@@ -28,9 +31,10 @@ def world():
 
 
 def start(args, command):
-    """Join torchrun's process group, if any, and give each rank its device in `args`.
+    """Join torchrun's process group, if any, and set args.device to this rank's device.
 
-    UserError where --gpu asks for more processes than there are, and for one device that several would share.
+    command: the words that started this process. UserError where --gpu asks for more processes than
+    there are, and for one device that several processes would share.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if args.gpu > 1 and count != args.gpu:
@@ -43,15 +47,17 @@ def start(args, command):
     elif args.device in (None, "cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     elif args.device.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
-        raise UserError(f"--device {args.device}: can't be shared by {os.environ['LOCAL_WORLD_SIZE']} "
-                        f"processes; expected --device cuda, which gives each its own")
+        raise UserError(f"--device {args.device}: can't be shared by "
+                        f"{os.environ['LOCAL_WORLD_SIZE']} processes; expected --device cuda, "
+                        f"which gives each its own")
     device = pick_device(args.device)
-    # a rank waits for rank 0's validation, which may be long
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    # the ranks wait for rank 0's validation, which may be long
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
 
 
 def leave(status):
-    """Exit with a status; at once after an error, since the other ranks may never leave the group."""
+    """Exit with a status; at once after an error: the other ranks may never leave the group."""
     if started():
         if status not in (0, *INTERRUPTED.values()):
             sys.stdout.flush()
@@ -61,7 +67,7 @@ def leave(status):
 
 
 def resume_command(command):
-    """Return the command line that resumes the run of `command`, a list of words."""
+    """Return the command line, a string, that resumes the run of `command`, a list of words."""
     words = [word for word in command if word != "--resume"] + ["--resume"]
     ranks = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     return (f"torchrun --nproc_per_node={ranks} " if ranks else "python ") + shlex.join(words)
@@ -70,7 +76,7 @@ def resume_command(command):
 # ---------------------------------------------------------------- values
 
 def broadcast(value, device):
-    """Return the number that rank 0 has, on every rank."""
+    """Return rank 0's number on every rank. device: where the ranks exchange it."""
     if world() == 1:
         return value
     value = torch.tensor(value, dtype=torch.float64, device=device)
@@ -79,7 +85,7 @@ def broadcast(value, device):
 
 
 def broadcast_object(value):
-    """Return the object that rank 0 has, on every rank."""
+    """Return rank 0's object on every rank."""
     values = [value]
     if world() > 1:
         dist.broadcast_object_list(values, 0)
@@ -87,7 +93,7 @@ def broadcast_object(value):
 
 
 def gather(value):
-    """Return the objects of all ranks, a list in their order."""
+    """Return the objects of all ranks, a list in the order of the ranks."""
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value)
@@ -95,7 +101,7 @@ def gather(value):
 
 
 def maximum(value, device):
-    """Return the largest of the integers that the ranks have."""
+    """Return the largest of the ranks' integers. device: where the ranks exchange them."""
     if world() == 1:
         return value
     value = torch.tensor(value, device=device)
@@ -106,7 +112,7 @@ def maximum(value, device):
 # ---------------------------------------------------------------- training
 
 class StopSignal:
-    """The signal that ends a run between two steps, the same step on every rank."""
+    """End a run on a signal between two steps, after the same step on every rank."""
 
     def __init__(self):
         self.received = self.agreed = 0
@@ -116,11 +122,11 @@ class StopSignal:
         self.received = number
 
     def agree(self, device):
-        """Let every rank know of a signal that any of them received."""
+        """Tell every rank of a signal that any rank received."""
         self.agreed = maximum(self.received, device)
 
     def check(self, alone=False):
-        """Raise Stopped after a signal: one that the ranks agreed on, unless `alone`."""
+        """Raise Stopped after a signal that the ranks agreed on; alone: after this rank's own."""
         number = self.received if alone or world() == 1 else self.agreed
         if number:
             raise Stopped(number)

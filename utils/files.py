@@ -1,4 +1,4 @@
-"""Files and folders: atomic writes, CSV tables, a lock for a folder, what was there before."""
+"""Write files atomically, lock a folder, and keep the files that are there already."""
 
 import csv
 import errno
@@ -12,24 +12,24 @@ from pathlib import Path
 from utils.cli import UserError, say
 
 # columns of history.csv, a row an epoch, and of steps.csv, a row every few steps
-HISTORY = ("epoch", "lr", "tfr", "tf_share", "beta", "kl_weight", "train_loss", "train_reconstruction", "train_mse",
-           "train_kl", "val_mse", "val_psnr_mean", "val_psnr_min", "val_psnr_last", "skipped_steps", "seconds",
-           "frames_per_second")
+HISTORY = ("epoch", "lr", "tfr", "tf_share", "beta", "kl_weight", "train_loss",
+           "train_reconstruction", "train_mse", "train_kl", "val_mse", "val_psnr_mean",
+           "val_psnr_min", "val_psnr_last", "skipped_steps", "seconds", "frames_per_second")
 STEPS = "step", "epoch", "lr", "tfr", "tf_share", "beta", "loss", "reconstruction", "mse", "kl"
 
 # what a run writes into its folder, as patterns
 OF_A_RUN = ("last.ckpt", "best.ckpt", "epoch=*", "history.csv", "steps.csv", "psnr_per_frame.*",
             "val_pred.gif", "val_pred_large.gif", "tensorboard")
-# in the metadata of images and GIFs, so that a file of this project is known as one
+# in the metadata of images and GIFs, by which a file of this project is recognized
 MARK = "pose-conditioned VAE"
-# tables have no room for a mark: the file that is written with each
+# tables have no room for a mark: each is recognized by the file written with it
 KNOWN_BY = {"submission.csv": "pred_seq0.gif", "psnr_per_frame.csv": "val_pred.gif"}
-# what a file system says that has no such operation (CIFS, vboxsf, Lustre, NFS, FUSE)
+# errors of a file system that lacks the operation (CIFS, vboxsf, Lustre, NFS, FUSE)
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
 
 
 def make_folder(path, flag="--save_root"):
-    """Create a folder with its parents. UserError where nothing can be written there."""
+    """Create a folder with its parents and return its Path. UserError where it is not writable."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -41,7 +41,7 @@ def make_folder(path, flag="--save_root"):
 
 
 def check_save_root(path):
-    """Raise UserError where no folder can be made at `path`, before any long work; make nothing."""
+    """Raise UserError where no folder can be made at `path`; make nothing."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -58,7 +58,7 @@ def check_save_root(path):
 # ---------------------------------------------------------------- writing
 
 def flush_to_disk(descriptor):
-    """Wait until a file or folder is on the disk; pass over a file system that can't tell."""
+    """Wait until a file or folder is on the disk, on file systems that support it."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -70,11 +70,12 @@ def flush_to_disk(descriptor):
 def atomic(path):
     """Give a path beside `path` to write to; rename it to `path` at the end, or remove it.
 
-    A reader sees the old file or the new one, never half of one, also after a power cut. OSError
+    A reader sees the old file or the new one, never half a file, even after a power cut. OSError
     becomes a UserError.
     """
     path = Path(path)
-    stem = os.fsdecode(os.fsencode(path.name)[:150])  # with more a long name would be too long
+    # file systems take 255 bytes, of which the number and the suffixes need some
+    stem = os.fsdecode(os.fsencode(path.name)[:150])
     aside = path.with_name(f".{stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield aside
@@ -87,15 +88,15 @@ def atomic(path):
         raise UserError(f"{path}: can't be written ({error.strerror or error}); "
                         f"expected room and permission there") from None
     finally:
-        with suppress(OSError):  # a path that can't be there has nothing to remove either
+        with suppress(OSError):  # where nothing could be written, nothing is there to remove
             aside.unlink()
 
 
 def flush_folder(folder):
-    """Wait until a folder's names are on the disk; pass over a folder that can't be opened."""
+    """Wait until a folder's names are on the disk, if the folder can be opened."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:  # a folder may be open to writing and closed to reading
+    except OSError as error:  # a folder may be writable and not readable
         if error.errno not in NOT_SUPPORTED | {errno.EACCES, errno.EPERM}:
             raise
         return
@@ -107,7 +108,7 @@ def flush_folder(folder):
 
 @contextmanager
 def optional(path):
-    """Inside, whatever stops the writing of a table or figure at `path` is one line, no error."""
+    """Print one line, inside, for any error that keeps a table or figure from being written."""
     try:
         yield
     except Exception as error:
@@ -125,7 +126,7 @@ def write_csv(path, columns, rows):
 
 
 def csv_length(path):
-    """Return how many rows a CSV has under its header; 0 where there is none that can be read."""
+    """Return how many rows a CSV has under its header; 0 where no CSV can be read."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return max(0, sum(1 for _ in csv.reader(file)) - 1)
@@ -136,21 +137,21 @@ def csv_length(path):
 def sweep_leftovers(folder):
     """Remove the temporary files that a killed run left. Call it with the folder's lock held."""
     for path in Path(folder).glob(".*.part*"):
-        if re.fullmatch(r"\..+\.\d+\.part(\.[^.]+)?", path.name):  # no other program's
+        if re.fullmatch(r"\..+\.\d+\.part(\.[^.]+)?", path.name):  # a name that `atomic` gives
             path.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- what was there before
+# ---------------------------------------------------------------- files of earlier runs
 
 def set_aside(folder):
-    """Move what an earlier run left in its folder into earlier1 in there, or the first free number.
+    """Move an earlier run's files into the first free subfolder of earlier1, earlier2, ...
 
-    Return the new folder, itself a save_root; None where nothing was there that a new run would
+    Returns the subfolder, itself a save_root; None where there is nothing that a run would
     overwrite. UserError where the files can't be moved.
     """
     folder = Path(folder)
     left = [path for pattern in OF_A_RUN for path in folder.glob(pattern)]
-    if all(path.name == "tensorboard" for path in left):  # a run adds to that
+    if all(path.name == "tensorboard" for path in left):  # a run adds to that folder
         return None
     aside = next(path for n in itertools.count(1)
                  if not os.path.lexists(path := folder / f"earlier{n}"))
@@ -166,10 +167,10 @@ def set_aside(folder):
 
 
 def output_folder(root, patterns, of_a_run=False):
-    """Return the folder for outputs of these names: `root`, or `test` in it where they'd overwrite.
+    """Return a folder in which outputs of these names overwrite nothing: root, root/test, ...
 
-    No file is overwritten that this project did not write, and where the names are those of a
-    run's files, a run's folder keeps its own.
+    patterns: the names, with wildcards. Files that this project wrote may be overwritten. of_a_run:
+    a run writes such names too, so a run's folder is left out.
     """
     root = Path(root)
     folders = itertools.chain(["", "test"], (f"test{n}" for n in itertools.count(2)))
@@ -184,7 +185,7 @@ def output_folder(root, patterns, of_a_run=False):
 
 
 def is_ours(path):
-    """Return whether this project wrote a figure or a GIF, or the GIF that a table goes with."""
+    """Return whether this project wrote a figure or GIF; of a table, the GIF written with it."""
     path = path.with_name(KNOWN_BY.get(path.name, path.name))
     try:
         with open(path, "rb") as file:
@@ -197,17 +198,18 @@ def is_ours(path):
 
 @contextmanager
 def locked(folder, flag="--save_root", what="run"):
-    """Hold a folder for this process; UserError where another run (or sweep) holds it.
+    """Lock a folder for this process; UserError where another run holds the lock.
 
-    A killed process lets go by itself. Where the system has no such locks, a line says so.
+    flag: the flag that gives the folder. what: run or sweep, for the error. The lock ends with the
+    process, even a killed one. A file system without locks is reported in one line.
     """
     try:
         import fcntl
-    except ImportError:  # Windows has no fcntl; the folder is not guarded there
+    except ImportError:  # Windows has no fcntl, so the folder stays unlocked
         yield
         return
     try:
-        file = open(Path(folder) / ".lock", "a")  # not "w", which would empty somebody else's file
+        file = open(Path(folder) / ".lock", "a")  # "w" would empty another program's file
     except OSError as error:
         raise UserError(f"{flag} {folder}: {error.strerror or error}; "
                         f"expected a folder that can be written") from None
@@ -215,7 +217,7 @@ def locked(folder, flag="--save_root", what="run"):
         os.register_at_fork(after_in_child=file.close)  # a loader process may outlive a killed run
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # EAGAIN and EWOULDBLOCK alone mean that it is held
+        except BlockingIOError:  # other errors mean that locks are not supported
             raise UserError(f"{flag} {folder}: another {what} is using it; "
                             f"expected a folder of its own for each {what}") from None
         except OSError as error:

@@ -28,7 +28,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read_image(path):
-    """Return an image file as a PIL image in RGB. UserError names a file that can't be read so."""
+    """Return an image file as a PIL image in RGB. UserError for a file that can't be read."""
     try:
         with open(path, "rb") as file, Image.open(io.BytesIO(pixels_only(file.read()))) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -50,25 +50,25 @@ def read_image(path):
 
 
 def pixels_only(data):
-    """Return a PNG without the chunks that don't touch its pixels; any other file as it is.
+    """Return the bytes of a PNG without the chunks that don't affect its pixels.
 
-    Pillow refuses a PNG for long texts, and for damaged ones.
+    Pillow refuses a PNG whose text chunks are long or damaged. Any other file is returned as it is.
     """
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     kept, at = [data[:8]], 8
     while at + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, at)
-        if kind[:1].isupper() or kind == b"tRNS":  # lower case: a decoder may pass it over
+        if kind[:1].isupper() or kind == b"tRNS":  # lower case marks a chunk as optional
             kept.append(data[at:at + size + 12])
         at += size + 12
     return b"".join(kept) + data[at:]
 
 
 def to_rgb(image, path):
-    """Return a PIL image of any mode in RGB, 8 bits a channel, scaled from the range it has.
+    """Return a PIL image of any mode in RGB, 8 bits a channel, scaled from its own range.
 
-    UserError for values whose range the file does not tell: signed, floating-point, 32 bits.
+    UserError for values of unknown range: signed, floating-point, 32 bits.
     """
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     sample_format = max(tags.get(SAMPLEFORMAT, (1,)))
@@ -81,7 +81,7 @@ def to_rgb(image, path):
         if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero: Pillow inverts only 8 bits
             values = 255 - values
         image = Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8))
-    elif image.mode == "La":  # Pillow has no way from here to RGB
+    elif image.mode == "La":  # Pillow has no conversion of La to RGB
         image = image.convert("LA")
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -89,7 +89,10 @@ def to_rgb(image, path):
 
 
 def decode(paths, frame_H, frame_W, workers=4, out=None, desc="decoding"):
-    """Decode images to uint8 (N, 3, frame_H, frame_W), resized as `frame_transform` does."""
+    """Return images decoded to uint8 (N, 3, frame_H, frame_W), resized as `frame_transform` does.
+
+    workers: threads. out: the array to write to, else a new one. desc: the bar's text.
+    """
     if out is None:
         out = np.empty((len(paths), 3, frame_H, frame_W), np.uint8)
     resize = transforms.Resize((frame_H, frame_W))
@@ -110,10 +113,10 @@ def decode(paths, frame_H, frame_W, workers=4, out=None, desc="decoding"):
 
 
 def fingerprint(paths, frame_H, frame_W):
-    """Return a key that changes with any image, the frame shape and Pillow.
+    """Return a key that changes with any image, the frame shape and Pillow's version.
 
-    An image that was replaced or renamed has another inode or time of change, even where name,
-    size and time of modification are equal.
+    A replaced or renamed image has another inode or time of change, even where name, size and time
+    of modification are equal.
     """
     try:
         stats = [(f"{path.parent.name}/{path.name}", status.st_size, status.st_mtime_ns,
@@ -128,9 +131,10 @@ def fingerprint(paths, frame_H, frame_W):
 
 
 def cache_folder(root, cache_dir=None):
-    """Return the folder of the frame cache, made; None where none can be written.
+    """Make and return the folder of the frame cache; None where none can be written.
 
-    It is --cache_dir, else `.frame_cache` beside the data, else the user's cache folder.
+    The folder is --cache_dir, else `.frame_cache` in the data folder, else in the user's cache
+    folder. UserError for a --cache_dir that can't be written.
     """
     user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     folders = [Path(cache_dir)] if cache_dir else [Path(root) / ".frame_cache"]
@@ -153,16 +157,17 @@ def cache_folder(root, cache_dir=None):
 
 @functools.cache
 def say_once(line):
-    """Print a line, the first time only: each split has a cache."""
+    """Print a line the first time only: each split asks for the cache's folder."""
     say(line)
 
 
 def cached(paths, frame_H, frame_W, folder, workers=4, desc="decoding"):
-    """Return the uint8 array of `decode`, memory-mapped from `folder`; made there if need be.
+    """Return the uint8 array of `decode`, memory-mapped from a file in `folder`.
 
-    Two processes may build it at once: each writes a file of its own and renames it; readers see a
-    whole file or none. The map is copy-on-write, which keeps torch quiet about read-only memory;
-    nothing is ever written to it.
+    A missing file is made first. Two processes may do so at once: each writes a file of its own and
+    renames it, so readers see a whole file or none. Nothing is ever written to the map; it is
+    copy-on-write because torch warns of read-only memory. Without a folder (None) the array is in
+    memory.
     """
     key, shape = fingerprint(paths, frame_H, frame_W), (len(paths), 3, frame_H, frame_W)
     if folder is None:
@@ -173,11 +178,11 @@ def cached(paths, frame_H, frame_W, folder, workers=4, desc="decoding"):
         return array
     aside = path.with_suffix(f".{secrets.token_hex(6)}.part")
     try:
-        # the array has no name here: on Windows a file that is mapped can't be renamed
+        # the array is not kept in a variable: Windows can't rename a file that is mapped
         decode(paths, frame_H, frame_W, workers, new_array(aside, shape), desc)
         try:
             os.replace(aside, path)
-        except PermissionError:  # on Windows, where another process was first and maps its file
+        except PermissionError:  # on Windows, where another process maps its finished file
             array = open_array(path, shape)
             if array is None:
                 raise
@@ -187,34 +192,34 @@ def cached(paths, frame_H, frame_W, folder, workers=4, desc="decoding"):
         raise UserError(f"{folder}: {error.strerror or error}; expected room for the frame cache, "
                         f"another --cache_dir, or --no_cache") from None
     finally:
-        with suppress(OSError):  # a path that can't be there has nothing to remove either
+        with suppress(OSError):  # where nothing could be written, nothing is there to remove
             aside.unlink()
 
 
 def open_array(path, shape):
-    """Return the uint8 array of this shape in a .npy file, memory-mapped; None where it is not."""
+    """Return the uint8 array of this shape in a .npy file, memory-mapped; None if there is none."""
     try:
         array = np.lib.format.open_memmap(path, mode="c")
-    except Exception:  # not there yet, or damaged, which NumPy reports in many ways
+    except Exception:  # a missing or damaged file, which NumPy reports in many ways
         return None
     return array if array.shape == shape and array.dtype == np.uint8 else None
 
 
 def new_array(path, shape):
-    """Return a uint8 array that is mapped to a new .npy file, with its room on the disk."""
+    """Return a uint8 array mapped to a new .npy file, whose room on the disk is allocated."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    if hasattr(os, "posix_fallocate"):  # a disk that fills up under a memory map is a SIGBUS
+    if hasattr(os, "posix_fallocate"):  # a full disk under a memory map ends the process (SIGBUS)
         with open(path, "rb+") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
 
 
 def to_float(frames):
-    """Return uint8 as float32 in [0, 1], bitwise what ToTensor gives on the CPU."""
+    """Return uint8 frames as float32 in [0, 1], bitwise what ToTensor gives on the CPU."""
     return torch.empty(frames.shape, device=frames.device).copy_(frames).div_(_white(frames.device))
 
 
 @functools.cache
 def _white(device):
-    """Return 255 as a tensor: CUDA multiplies by 1 / 255 for a number, and rounds otherwise."""
+    """Return 255 as a tensor: CUDA replaces division by a number with another rounding."""
     return torch.full((), 255.0, device=device)

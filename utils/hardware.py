@@ -1,4 +1,4 @@
-"""What a machine offers: the device, its fastest precision, and memory that is kept."""
+"""Use the machine: pick the device and its fastest precision, reuse memory, compute in pieces."""
 
 import ctypes
 import math
@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from utils.cli import UserError
 
-# PyTorch's own error is torch.OutOfMemoryError; others are found by the words of a CPU, cuDNN or cuBLAS, and the driver
+# beside torch.OutOfMemoryError: the messages of a CPU, of cuDNN or cuBLAS, and of the driver
 OUT_OF_MEMORY = "can't allocate memory|ALLOC(ATION)?_FAILED|CUDA error: out of memory"
-CPU_PIXELS = 8 * 32 * 64  # what a CPU computes at a time; more gains little (docs/PERFORMANCE.md)
+CPU_PIXELS = 8 * 32 * 64  # per piece on a CPU; more gains little (docs/PERFORMANCE.md)
 OLDEST_TORCH = (2, 6)  # as requirements.txt and scripts/setup.sh have it
 
 
 def check_torch():
-    """Raise UserError where PyTorch is too old: a run would end in the middle."""
+    """Raise UserError where PyTorch is too old, before a run ends in the middle."""
     if torch.__version__ < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise UserError(f"PyTorch {torch.__version__}: is too old; expected {oldest} or newer "
@@ -31,9 +31,10 @@ def check_torch():
 
 
 def pick_device(name):
-    """Return the torch.device of --device (None: CUDA where there is one, else the CPU).
+    """Return the torch.device of --device (None: CUDA where there is a GPU, else the CPU).
 
-    UserError for one that is missing.
+    Sets what PyTorch should do on the device: TF32, cuDNN's benchmark, kept memory. UserError for a
+    device that is missing, full, or too old for this PyTorch.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,8 +44,8 @@ def pick_device(name):
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise UserError(f"--device {name}: there are {count} CUDA devices here; "
-                            f"expected one that is there, or cpu")
+            raise UserError(f"--device {name}: this machine has {count} CUDA devices; "
+                            f"expected one of them, or cpu")
         if device.index is not None:
             torch.cuda.set_device(device)
         try:
@@ -59,17 +60,16 @@ def pick_device(name):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: there is none here; expected cpu or cuda")
+        raise UserError("--device mps: this machine has none; expected cpu or cuda")
     return device
 
 
 def keep_memory_and_kernels():
-    """Have the C library keep what is freed, and oneDNN every kernel that it has built.
+    """Have the C library keep freed memory, and oneDNN every kernel that it has built.
 
-    Activations fetched anew from the system are a page fault for every 4 KB, and oneDNN by default
-    forgets all but 1024 kernels: fewer than training and validating take together. The first two
-    options are glibc's (mallopt(3)); another C library goes on as it does. The third is oneDNN's,
-    which reads it at its first convolution.
+    Memory fetched anew from the system costs a page fault for every 4 KB. oneDNN by default keeps
+    1024 kernels, fewer than training and validation need together, and reads its option at the
+    first convolution. The memory options are glibc's (mallopt(3)); other C libraries lack them.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -77,7 +77,7 @@ def keep_memory_and_kernels():
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    # 32 MB is the most that old versions take
+    # old versions of glibc take at most 32 MB
     mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 32 << 20)
     mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
@@ -87,8 +87,8 @@ def pick_precision(wanted, device):
 
     auto takes mixed precision where the hardware has it and gains by it: bf16 on CUDA from compute
     capability 8.0 and on CPUs with AMX or, from AMD, AVX512-BF16. Intel's AVX512-BF16 without AMX
-    multiplies at half of fp32's rate (measured: docs/PERFORMANCE.md). A CPU is never timed, so that
-    runs are bitwise identical; older GPUs are: fp16 or fp32.
+    multiplies at half the speed of fp32 (measured: docs/PERFORMANCE.md). Older GPUs are timed for
+    fp16 or fp32; a CPU is never timed, so that runs are bitwise identical.
     """
     if wanted != "auto":
         return wanted, f"{wanted} as asked"
@@ -97,7 +97,7 @@ def pick_precision(wanted, device):
     if device.type == "cuda":
         ratio = convolution_speed(torch.float16, device) / convolution_speed(torch.float32, device)
         name = "fp16" if ratio > 1.1 else "fp32"
-        return name, f"{name} (fp16 convolves {ratio:.1f} times as fast as fp32 here)"
+        return name, f"{name} (fp16 convolves {ratio:.1f} times as fast as fp32)"
     if device.type == "cpu":
         amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
         avx = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
@@ -110,21 +110,24 @@ def pick_precision(wanted, device):
 
 
 def has_bf16(device):
-    """Return whether bf16 is the hardware's own: on CUDA from compute capability 8.0."""
+    """Return whether the hardware has bf16: every CPU, and CUDA from compute capability 8.0."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def keep_precision(model, saved):
-    """Keep the precision that a resumed run had found by --precision auto: a timing must not change its rest."""
+    """Keep the precision that --precision auto found before a stop.
+
+    Another timing must not change the rest of a resumed run. saved: `capture` of the run.
+    """
     found, device = saved["precision"], model.device
     same_kind = saved["device"] == device.type and (found != "bf16" or has_bf16(device))
     if model.args.precision == "auto" and model.precision != found and same_kind:
         model.picked_precision = found, f"{found} as before the stop"
-        model.__dict__.pop("scaler", None)  # made anew on first use
+        model.__dict__.pop("scaler", None)  # its cached property belongs to the other precision
 
 
 def cpu_description():
-    """Return what the system says of its CPUs; empty where it has no /proc/cpuinfo."""
+    """Return the text of /proc/cpuinfo; empty where the system has none."""
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -132,7 +135,7 @@ def cpu_description():
 
 
 def convolution_speed(dtype, device):
-    """Return convolutions a second, channels-last as in training; the best of several."""
+    """Return convolutions a second, channels-last as in training, the best of six timings."""
     images, weights = (torch.ones(shape, dtype=dtype, device=device)
                        .contiguous(memory_format=torch.channels_last)
                        for shape in ((8, 128, 32, 64), (128, 128, 3, 3)))
@@ -147,19 +150,20 @@ def convolution_speed(dtype, device):
 # ---------------------------------------------------------------- tensors and memory
 
 def channels_last(x):
-    """Return (B, C, H, W) in the memory layout that convolutions are fastest in."""
+    """Return (B, C, H, W) in the memory layout in which convolutions are fastest."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def join(parts):
-    """Return torch.cat of the parts, without a copy of a single one."""
+    """Return torch.cat of the parts; a single part as it is, without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def in_pieces(function, *inputs, step=None):
-    """Apply a function that treats every sample alone to (N, ...) tensors, in pieces that suit the device.
+    """Return function(*inputs), computed in pieces of the batch that suit the device.
 
-    step: samples of a time step; then a piece is one, recomputed in the backward pass.
+    function: from (N, C, H, W) tensors to a tensor or several, every sample alone. step: samples of
+    a time step, which are then a piece; its activations are recomputed in the backward pass.
     """
     count, _, height, width = inputs[0].shape
     size = max(1, CPU_PIXELS // (height * width)) if inputs[0].device.type == "cpu" else count
@@ -171,18 +175,23 @@ def in_pieces(function, *inputs, step=None):
 
 @contextmanager
 def enough_memory(flag, instead):
-    """Inside, a device without room is a UserError that names the flag, with its value, and what was expected."""
+    """Turn a lack of memory, inside, into a UserError.
+
+    flag: the flag to change, with its value. instead: what to use instead.
+    """
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+        lacks = isinstance(error, torch.OutOfMemoryError) or re.search(OUT_OF_MEMORY, str(error))
+        if not lacks:
             raise
-        raise UserError(f"{flag}: needs more memory than the device has free; expected {instead}") from None
+        raise UserError(f"{flag}: needs more memory than the device has free; "
+                        f"expected {instead}") from None
 
 
 @contextmanager
 def evaluating(*models):
-    """Inside, BatchNorm uses its running statistics; afterwards each model is in its former mode."""
+    """Have BatchNorm use its running statistics inside; then give each model its mode back."""
     modes = [model.training for model in models]
     for model in models:
         nn.Module.train(model, False)
@@ -194,14 +203,15 @@ def evaluating(*models):
 
 
 class Float32Conv2d(nn.Conv2d):
-    """A convolution that stays in float32 under autocast (on CUDA in TF32, as all of float32 there).
+    """Convolve in float32 under autocast (on CUDA in TF32, like every float32 convolution).
 
-    The first of the pose encoder and the last of the generator are small, and in bf16 a rollout loses up to 0.6 dB by
-    them: BatchNorm's recalibrated statistics are those of float32, and rounded frames are fed back.
+    The first convolution of the pose encoder and the last of the generator are small. In bf16 they
+    cost a rollout up to 0.6 dB: BatchNorm's recalibrated statistics are those of float32, and
+    rounded frames are fed back.
     """
 
     def forward(self, x):
-        """Convolve (B, C, H, W) in float32."""
+        """Return the convolution of (B, C, H, W), float32."""
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
 
@@ -215,16 +225,16 @@ def autocast(device, precision):
 
 
 def step_if_finite(optimizer, scaler, parameters, max_norm):
-    """Clip the gradient's norm and step; do nothing where the gradient is not finite.
+    """Clip the gradient's norm at max_norm and step; do nothing where it is not finite.
 
-    Returns whether it was finite, a bool tensor.
+    Returns whether the norm was finite, a bool tensor.
     """
     scaler.unscale_(optimizer)
     finite = nn.utils.clip_grad_norm_(parameters, max_norm).isfinite()
     if scaler.is_enabled():
         scaler.step(optimizer)
         scaler.update()
-    elif finite.device.type == "cuda":  # the fused kernel reads the flag: the host need not wait
+    elif finite.device.type == "cuda":  # the fused kernel reads the flag, so the host does not wait
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
         optimizer.step()
     elif finite:

@@ -1,149 +1,32 @@
-"""What a run shows of itself: the tables' columns, plots, GIFs, TensorBoard."""
+"""Log a run: progress bars, printed lines, history.csv and steps.csv, means over steps."""
 
-import os
-import sys
 import time
-from contextlib import nullcontext, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageSequence
 
 from utils import distributed
-from utils.cli import UserError, catching_signals, progress, say, stop
-from utils.files import MARK, HISTORY, STEPS, atomic, make_folder, optional, output_folder, write_csv
+from utils.cli import catching_signals, progress, say, stop
+from utils.figures import enlarge_gif, log_to_tensorboard, write_validation
+from utils.files import HISTORY, STEPS, make_folder, optional, output_folder, write_csv
 from utils.options import unlike_template
 from utils.schedules import teacher_forcing_ratio
 
-STEP_ROWS = 2000  # of steps.csv in a run, at most
-FIRST_STEPS = 20  # by which a run's duration is estimated
+STEP_ROWS = 2000  # rows of steps.csv in a run, at most
+FIRST_STEPS = 20  # steps that a run's duration is estimated from
 
 
-def write_gif(images, path, duration):
-    """Write frames (3, H, W), float in [0, 1], as an endless GIF, atomically.
-
-    duration: milliseconds a frame. Pillow merges equal neighbours into one that lasts longer.
-    """
-    import imageio.v3
-
-    frames = [np.rint(image.float().clamp(0, 1).mul(255).cpu().numpy()).astype(np.uint8)
-              .transpose(1, 2, 0) for image in images]
-    with atomic(path) as aside:
-        imageio.v3.imwrite(aside, frames, plugin="pillow", extension=".gif", duration=duration,
-                           loop=0, comment=MARK.encode())
-
-
-def figure_on_agg(**options):
-    """Return a matplotlib Figure that draws with Agg, whatever backend the user has chosen.
-
-    pyplot stays out of it: a notebook's backend and open figures are left as they are.
-    """
-    if "matplotlib" not in sys.modules:  # its import raises where MPLBACKEND names no backend
-        backend = os.environ.pop("MPLBACKEND", None)
-        try:
-            import matplotlib
-        finally:
-            if backend is not None:
-                os.environ["MPLBACKEND"] = backend
-        if backend:
-            with suppress(ValueError):
-                matplotlib.rcParams["backend"] = backend
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(**options)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def enlarge_gif(path, scale=4):
-    """Write {name}_large.gif beside a GIF: the same frames `scale` times as large, with sharp pixels."""
-    path = Path(path)
-    large = path.with_name(f"{path.stem}_large.gif")
-    if not path.exists() or large.exists() and large.stat().st_mtime >= path.stat().st_mtime:
-        return
-    with Image.open(path) as gif:
-        images, durations = [], []
-        for image in ImageSequence.Iterator(gif):
-            durations.append(image.info["duration"])
-            palette = image.convert("RGB").quantize(256)  # a frame of a GIF has no more colours
-            images.append(palette.resize((scale * gif.width, scale * gif.height), Image.NEAREST))
-    with atomic(large) as aside:
-        images[0].save(aside, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
-
-
-def plot_psnr(psnrs, path):
-    """Draw the PSNR per frame as a PNG."""
-    figure = figure_on_agg(figsize=(8, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(range(1, len(psnrs) + 1), psnrs, color="#0072B2", linewidth=1)
-    mean = np.mean(psnrs)
-    axes.axhline(mean, color="#D55E00", linestyle="--", linewidth=1, label=f"mean {mean:.2f} dB")
-    axes.set(xlabel="frame", ylabel="PSNR (dB)", title="validation rollout")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    with atomic(path) as aside:
-        figure.savefig(aside, dpi=120, format="png", metadata={"Software": MARK})
-
-
-def tensorboard_writer():
-    """Return TensorBoard's SummaryWriter, a class. UserError where it can't be imported."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except Exception as error:  # also TypeError with another protobuf, AttributeError, ...
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"--tensorboard: the package can't be imported ({problem}); "
-                        f"expected it after pip install -U tensorboard") from None
-    return SummaryWriter
-
-
-def open_tensorboard(folder):
-    """Return a SummaryWriter into a folder. UserError where nothing can be written there."""
-    try:
-        return tensorboard_writer()(str(folder))
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}; "
-                        f"expected a folder that can be written") from None
-
-
-def log_to_tensorboard(board, row, gif=None):
-    """Log one epoch's row of the history as scalars, and the validation GIF."""
-    for name, value in row.items():
-        board.add_scalar(name.replace("train_", "train/").replace("val_", "val/"), value,
-                         row["epoch"])
-    if gif:  # TensorBoard shows a GIF as it is; add_video would need another package
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        with Image.open(gif) as frame:
-            image = Summary.Image(width=frame.width, height=frame.height, colorspace=3,
-                                  encoded_image_string=Path(gif).read_bytes())
-        board.file_writer.add_summary(Summary(value=[Summary.Value(tag="validation", image=image)]),
-                                      row["epoch"])
-    board.flush()
-
-
-def write_validation(model, plot, gif, table=None, guard=nullcontext):
-    """Write the last validation rollout: a plot and a table of PSNR per frame, and a GIF.
-
-    The GIF shows pose, prediction and truth side by side. guard: called with each path for a
-    context to write the file in.
-    """
-    if table:
-        rows = [{"frame": t, "psnr": psnr} for t, psnr in enumerate(model.psnr_per_frame, 1)]
-        with guard(table):
-            write_csv(table, ("frame", "psnr"), rows)
-    with guard(plot):
-        plot_psnr(model.psnr_per_frame, plot)
-    with guard(gif):  # three times (3, H, W) -> (3, H, 3 * W)
-        model.make_gif([torch.cat(row, 2) for row in zip(*model.val_sequence)], gif)
+# ---------------------------------------------------------------- validation of a checkpoint
 
 
 def write_test(model):
-    """Validate a checkpoint, and write what its rollout is like; other files stay as they are."""
+    """Validate a checkpoint; print its PSNR and write the figures and table of its rollout.
+
+    Files of a run or of another program are not overwritten (`output_folder`).
+    """
     names = "psnr_per_frame.png", "val_pred.gif", "psnr_per_frame.csv"
     with catching_signals(stop):
-        # a run's own files are of its best epoch
+        # the files in a run's own folder belong to its best epoch
         root = output_folder(model.args.save_root, names, of_a_run=True)
         psnr_mean = model.eval()
         psnrs = model.psnr_per_frame
@@ -153,14 +36,14 @@ def write_test(model):
 
 
 def enlarge(model):
-    """Write val_pred_large.gif, for people."""
+    """Write val_pred_large.gif, large enough to watch."""
     if distributed.rank() == 0:
         path = Path(model.args.save_root) / "val_pred.gif"
         with optional(path):
             enlarge_gif(path)
 
 
-# ---------------------------------------------------------------- a run's tables
+# ---------------------------------------------------------------- bars and printed lines
 
 def epoch_bar(model, steps):
     """Return the progress bar of an epoch of `steps` steps; None where only the time ends it."""
@@ -176,18 +59,23 @@ def rollout_bar(model, count):
 
 
 def print_start(model):
-    """Print the device, the data and the number of steps; and where the run is too short for its schedules."""
+    """Print the device, the data, the number of steps and the settings.
+
+    A further line names a schedule that needs a longer run.
+    """
     args, state, session = model.args, model.state, model.session
     clips = f" in {len(session.clips) - 1} clips" if args.pool else ""
-    window = f" (--train_vi_len {args.train_vi_len}: a step predicts {args.train_vi_len - 1} frames of each rollout)"
+    window = (f" (--train_vi_len {args.train_vi_len}: a step predicts {args.train_vi_len - 1} "
+              f"frames of each rollout)" if args.pool and args.train_vi_len > 2 else "")
     say(f"{args.device}, {model.picked_precision[1]}; {state.train_frames} training frames{clips}, "
-        f"{model.steps_in(state.epoch)} steps an epoch" + window * bool(args.pool and args.train_vi_len > 2))
+        f"{model.steps_in(state.epoch)} steps an epoch{window}")
     say(f"unlike the template: {unlike_template(args) or 'nothing'}")
     lowest = teacher_forcing_ratio(args, args.num_epoch)
     if args.pool and lowest > 0.5 and {"tfr", "tfr_sde", "tfr_d_step"}.isdisjoint(args.given):
         seventh = max(1, round(args.num_epoch / 7))
-        say(f"--tfr_sde {args.tfr_sde}: teacher forcing stays at {lowest:.2f} or more in {args.num_epoch} epochs, so "
-            f"rollouts will be poor; expected --tfr_sde {seventh + 1} --tfr_d_step {1 / seventh:.2g}, or --max_minutes")
+        say(f"--tfr_sde {args.tfr_sde}: teacher forcing stays at {lowest:.2f} or more in "
+            f"{args.num_epoch} epochs, so rollouts will be poor; expected --tfr_sde {seventh + 1} "
+            f"--tfr_d_step {1 / seventh:.2g}, or --max_minutes")
 
 
 def print_duration(model):
@@ -204,13 +92,18 @@ def print_duration(model):
 
 
 def duration(seconds):
-    """Return a duration in words."""
+    """Return seconds as text, like "3 h 20 min" or "5 min"."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
+# ---------------------------------------------------------------- a run's tables
+
 def add_step(model, finite):
-    """Add a step's losses and settings to the means of the epoch and of the next row of steps.csv."""
+    """Add a step's losses and settings to the means of the epoch and of the next row of steps.csv.
+
+    finite: bool tensor, whether the step was taken; the losses of a skipped step do not count.
+    """
     state = model.state
     figures = torch.stack([term.detach() for term in model.losses.values()])
     figures = figures.to(torch.float32 if figures.device.type == "mps" else torch.float64)
@@ -223,7 +116,10 @@ def add_step(model, finite):
 
 
 def log_steps(model, share_before):
-    """Add a row to the table of steps whenever another two-thousandth of the run is done."""
+    """Add a row to the table of steps whenever another two-thousandth of the run is done.
+
+    share_before: the share of the run in [0, 1] that was done before the newest step.
+    """
     state = model.state
     if int(STEP_ROWS * share_before) == int(STEP_ROWS * state.share_done):
         return
@@ -231,15 +127,16 @@ def log_steps(model, share_before):
     if not means["taken"]:
         return
     epoch = state.epoch + state.step / model.steps_in(state.epoch)
-    state.steps.append({"step": state.steps_done, "epoch": epoch, **{name: means[name] for name in STEPS[2:]}})
+    row = {name: means[name] for name in STEPS[2:]}
+    state.steps.append({"step": state.steps_done, "epoch": epoch, **row})
     state.step_means = RunningMeans()
     if model.session.board:
-        for name in STEPS[2:]:
-            model.session.board.add_scalar(f"step/{name}", means[name], state.steps_done)
+        for name, mean in row.items():
+            model.session.board.add_scalar(f"step/{name}", mean, state.steps_done)
 
 
 def epoch_row(model, psnr_mean):
-    """Return the row of history.csv of the epoch that was trained and validated, a dict by HISTORY."""
+    """Return the row of history.csv for the epoch that was trained and validated, by HISTORY."""
     args, state, means = model.args, model.state, model.state.epoch_means.means()
     frames = state.step * args.batch_size * (args.train_vi_len - 1) * distributed.world()
     row = {
@@ -253,17 +150,21 @@ def epoch_row(model, psnr_mean):
 
 
 def write_tables(model):
-    """Write steps.csv and history.csv, whole; one that can't be written is a line."""
+    """Write steps.csv and history.csv as a whole; print a line for one that can't be written."""
     root = Path(model.args.save_root)
     if distributed.rank() == 0:
         with optional(root / "steps.csv"):
             write_csv(root / "steps.csv", STEPS, model.state.steps)
-        with optional(root / "history.csv"):  # last: where it is whole, `catch_up` has nothing to do
+        # last: `catch_up` looks at history.csv alone
+        with optional(root / "history.csv"):
             write_csv(root / "history.csv", HISTORY, model.state.history)
 
 
 def write_epoch(model, best):
-    """Write what the newest epoch adds to tables and figures, and print its line."""
+    """Write what the newest epoch adds to tables and figures, and print its line.
+
+    best: whether it is the best epoch of the run, whose rollout is then drawn.
+    """
     root, row, board = Path(model.args.save_root), model.state.history[-1], model.session.board
     epoch = row["epoch"]
     names = "psnr_per_frame.png", "val_pred.gif", "psnr_per_frame.csv"
@@ -279,13 +180,17 @@ def write_epoch(model, best):
     say(f"epoch {epoch}: lr {row['lr']:.2e}, tfr {row['tfr']:.3f}, beta {row['beta']:.2f}, "
         f"loss {row['train_loss']:.5f} (mse {row['train_mse']:.5f}, kl {row['train_kl']:.1f}), "
         f"validation PSNR mean {row['val_psnr_mean']:.2f} min {row['val_psnr_min']:.2f} "
-        f"last {row['val_psnr_last']:.2f} dB, {row['frames_per_second']:.1f} frames/s" + ", best" * best)
+        f"last {row['val_psnr_last']:.2f} dB, {row['frames_per_second']:.1f} frames/s"
+        + ", best" * best)
 
 
 # ---------------------------------------------------------------- means over steps
 
 class RunningMeans:
-    """Means over training steps: of the loss terms, added up on the device so that nothing waits, and of settings."""
+    """Average loss terms and settings over training steps.
+
+    Losses are added up on their device, so that no step waits for them.
+    """
 
     def __init__(self):
         self.terms, self.figures, self.settings = [], None, {}
@@ -293,8 +198,9 @@ class RunningMeans:
     def add(self, terms, figures, settings):
         """Add a step.
 
-        terms: names of the loss terms. figures: their values, 0 where the step was skipped, then 1 and 0 for a step
-        that was taken or 0 and 1 for one that was skipped, a tensor. settings: a dict of numbers.
+        terms: names of the loss terms. figures: a tensor of their values (0 in a skipped step),
+        then 1 and 0 for a step that was taken, 0 and 1 for a skipped one. settings: a dict of
+        numbers.
         """
         self.terms = list(terms)
         self.figures = figures.clone() if self.figures is None else self.figures + figures
@@ -302,14 +208,18 @@ class RunningMeans:
             self.settings[name] = self.settings.get(name, 0) + value
 
     def means(self):
-        """Return the means by name, how many steps were skipped, and tf_share, the share of teacher-forced samples."""
+        """Return the means by name, the numbers of steps taken and skipped, and tf_share.
+
+        tf_share: the share in [0, 1] of teacher forcing's samples that were teacher-forced.
+        """
         *sums, taken, skipped = [0.0, 0.0] if self.figures is None else self.figures.tolist()
         settings = dict(self.settings)
         steps, forced, drawn = (settings.pop(name, 0) for name in ("steps", "forced", "drawn"))
         return {
             **{name: total / max(1, taken) for name, total in zip(self.terms, sums)},
             **{name: total / max(1, steps) for name, total in settings.items()},
-            "tf_share": forced / drawn if drawn else 1.0, "taken": int(taken), "skipped_steps": int(skipped),
+            "tf_share": forced / drawn if drawn else 1.0,
+            "taken": int(taken), "skipped_steps": int(skipped),
         }
 
     def state_dict(self):
@@ -317,6 +227,6 @@ class RunningMeans:
         return {"terms": self.terms, "figures": self.figures, "settings": dict(self.settings)}
 
     def load_state_dict(self, state):
-        """Take the sums of `state_dict`."""
+        """Restore the sums of `state_dict`."""
         self.terms, self.settings = list(state["terms"]), dict(state["settings"])
         self.figures = None if state["figures"] is None else state["figures"].clone()

@@ -1,4 +1,4 @@
-"""What generated frames are worth. It needs no PyTorch: a script scores a submission without."""
+"""Score generated frames. Needs no PyTorch, so that a script scores a submission without it."""
 
 import math
 
@@ -6,14 +6,14 @@ import numpy as np
 
 from utils.cli import UserError, say
 
-LEAST_MSE = 1e-10  # 100 dB: an exact frame would be infinite, and so would every mean that it is in
+LEAST_MSE = 1e-10  # 100 dB: the PSNR of an exact frame would be infinite, and every mean with it
 
 
 def psnr(mse):
-    """Return the PSNR in dB of frames' mean squared errors: a float, an array or a tensor.
+    """Return the PSNR in dB, at most 100, of mean squared errors of frames in [0, 1].
 
-    The frames are in [0, 1]. Everything that averages, compares, plots or reports a PSNR takes it
-    from here. NaN stays NaN.
+    mse: a float, an array or a tensor, and so is the result. NaN stays NaN. Every PSNR that is
+    averaged, compared, plotted or reported comes from this function.
     """
     if hasattr(mse, "clamp"):  # a tensor; half precision cannot hold LEAST_MSE
         mse = mse.float() if mse.element_size() < 4 else mse
@@ -24,12 +24,12 @@ def psnr(mse):
 
 
 def are_logits(frames, given):
-    """Tell whether generated frames want a sigmoid, because the network was trained with one.
+    """Return whether generated frames are logits of a network that was trained with a sigmoid.
 
-    frames: (B, 3, H, W), the first ones of a rollout before any clamp. given: the frames before
-    them, in [0, 1]. Both must hold: a hundredth of the values is far outside [0, 1] (logits of
-    tones under 0.38 and over 0.82), and a sigmoid comes closer to the given frames, which hardly
-    differ, by 6 dB than a clamp does.
+    frames: (B, 3, H, W), the first generated frames of a rollout before any clamp. given: their
+    previous frames, in [0, 1]. Two conditions must hold. More than a hundredth of the values is far
+    outside [0, 1] (logits of values under 0.38 and over 0.82). And a sigmoid brings the frames
+    closer to the given ones, which hardly differ, by 6 dB than a clamp does.
     """
     far = ((frames < -0.5) | (frames > 1.5)).float().mean()
     after_sigmoid, after_clamp = ((x - given).square().mean()
@@ -37,19 +37,24 @@ def are_logits(frames, given):
     return bool(far > 0.01) and bool(psnr(after_sigmoid) > psnr(after_clamp) + 6)
 
 
-def check_finite(finite, start, lanes):
+def check_finite(finite, start, rollouts):
     """Raise UserError for the first frame of a rollout that is not finite.
 
-    finite: bool (t, S * lanes), of the frames `start` to start + t - 1 of S sequences.
+    finite: bool (t, S * rollouts), of the frames `start` to start + t - 1 of S sequences.
+    rollouts: of each sequence (--rollouts).
     """
     if not finite.all():
-        t, lane = (~finite).nonzero()[0].tolist()
-        raise UserError(f"rollout of sequence {lane // lanes}: frame {start + t} is not finite; expected "
-                        f"weights that give finite frames (train longer, or with a smaller --lr)")
+        t, rollout = (~finite).nonzero()[0].tolist()
+        raise UserError(f"rollout of sequence {rollout // rollouts}: frame {start + t} is not "
+                        f"finite; expected weights that give finite frames (train longer, or with "
+                        f"a smaller --lr)")
 
 
 def warn_of_logits(model, frames, given):
-    """Name --output sigmoid, once, where the first generated frames (N, 3, H, W) want one."""
+    """Print once that --output sigmoid is missing, where generated frames (N, 3, H, W) are logits.
+
+    given: their previous frames.
+    """
     session = model.session
     if session.total_steps or session.logits_said or model.args.output != "none":
         return  # a network in training may give anything

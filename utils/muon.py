@@ -1,9 +1,9 @@
-"""The Muon optimizer: orthogonalizes the momentum of each convolution (Jordan et al. 2024, "Muon").
+"""Orthogonalize the momentum of each convolution: the Muon optimizer (Jordan et al. 2024, "Muon").
 
-PyTorch's own torch.optim.Muon (2.9 and newer) takes 2-D weights only, iterates in bfloat16 and
-ignores `found_inf`. This one takes convolutions, iterates in float32 (in bfloat16 training
-diverges: docs/EXPERIMENTS.md), and skips a step on a GPU without reading anything back from it.
-On 2-D weights the two agree within rounding (tests/test_muon.py).
+PyTorch's torch.optim.Muon (2.9 and newer) takes 2-D weights only, iterates in bfloat16 and ignores
+`found_inf`. This optimizer takes convolutions, iterates in float32 (in bfloat16 training diverges:
+docs/EXPERIMENTS.md), and skips a step on a GPU without a wait for the GPU. On 2-D weights both
+agree within rounding (tests/test_muon.py).
 """
 
 from collections import defaultdict
@@ -12,22 +12,22 @@ from contextlib import contextmanager
 import torch
 
 MOMENTUM = 0.95
-# a x + b x^3 + c x^5 (Jordan et al.): five of them take singular values from 0.002 on to 0.7..1.2
+# a x + b x^3 + c x^5 (Jordan et al.): five iterations take singular values >= 0.002 to 0.7..1.2
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), (3, 2)
 
 
 def is_matrix(parameter):
     """Return whether Muon orthogonalizes this weight, (C_out, C_in, k, k).
 
-    It does so for convolutions with four channels or more on both sides: none that is depthwise, or
-    that reads or writes images.
+    True for convolutions with four channels or more on both sides. Depthwise convolutions and those
+    that read or write images have fewer.
     """
     return parameter.dim() == 4 and min(parameter.shape[:2]) > 3
 
 
 @contextmanager
 def whole_float32(device):
-    """Inside, matrix products keep all of float32: no autocast, and no TF32 on CUDA."""
+    """Compute matrix products in full float32 inside: without autocast, and without TF32."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -43,9 +43,9 @@ def orthogonalize(matrices):
     Each of five Newton-Schulz iterations multiplies x by a + b A + c A^2, with the Gram matrix
     A = x x^T (x^T x where x is tall). So the Gram matrices alone are iterated, those of one size
     together, and x is multiplied by the product of their polynomials: after three iterations and
-    after all five. At once, rounding errors in A would swamp the weak directions of x. In bfloat16
-    they do: weights of the posterior walk off along directions whose gradient is lost, until the
-    KL term explodes.
+    after all five. With a single product, rounding errors in A would swamp the weak directions of
+    x. In bfloat16 they do: weights of the posterior grow along directions whose gradient is lost,
+    until the KL term explodes.
     """
     norms = torch._foreach_norm(matrices)
     torch._foreach_add_(norms, 1e-7)
@@ -68,9 +68,9 @@ def gram(x):
 
 
 def iterate(grams, iterations):
-    """Return what so many Newton-Schulz iterations multiply x by, from its Gram matrices.
+    """Return the products by which Newton-Schulz iterations multiply matrices, (N, size, size).
 
-    grams: those of N matrices, (N, size, size); so are the products that are returned.
+    grams: the Gram matrices of N matrices, (N, size, size).
     """
     a, b, c = COEFFICIENTS
     product = None
@@ -84,18 +84,18 @@ def iterate(grams, iterations):
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the weights that `is_matrix` names; AdamW for biases, norms and all other layers.
+    """Optimize the weights that `is_matrix` accepts with Muon, and all others with AdamW.
 
     A step follows the orthogonalized momentum of a weight, a matrix (C_out, k * k * C_in), so that
-    all its directions learn at one pace. Times 0.2 sqrt(max(rows, columns)) it is as large as a
-    step of Adam's, so learning rate and weight decay are AdamW's (Liu et al. 2025, "Muon is
-    Scalable for LLM Training", section 2.2). As in PyTorch's fused optimizers (fused=True), a step
-    changes nothing where `found_inf` is set and 1, so that the host need not wait to know.
+    all directions of the weight learn at one pace. Multiplied by 0.2 sqrt(max(rows, columns)), a
+    step is as large as Adam's, so learning rate and weight decay are AdamW's (Liu et al. 2025,
+    "Muon is Scalable for LLM Training", section 2.2). A step changes nothing where `found_inf` is
+    1, as in PyTorch's fused optimizers (fused=True), so that the host does not wait for a GPU.
     """
 
     @torch.no_grad()
     def step(self):
-        """Take one step from the gradients that are there."""
+        """Take one step; parameters without a gradient stay as they are."""
         gradients = {}
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None and is_matrix(p)]
@@ -103,13 +103,13 @@ class Muon(torch.optim.AdamW):
                 self.step_matrices(matrices, group["lr"], group["weight_decay"])
             gradients.update((p, p.grad) for p in matrices)
         for parameter in gradients:
-            parameter.grad = None  # AdamW passes over what has no gradient
+            parameter.grad = None  # AdamW leaves out parameters without a gradient
         super().step()
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
 
     def step_matrices(self, parameters, lr, weight_decay):
-        """Take Muon's step for all its weights at once: on a GPU a call for each takes long."""
+        """Take Muon's step for a list of weights at once: a call for each takes long on a GPU."""
         found_inf = getattr(self, "found_inf", None)
         taken = 1.0 if found_inf is None else 1 - found_inf
         states = [self.state[p] for p in parameters]
@@ -117,11 +117,11 @@ class Muon(torch.optim.AdamW):
             if not state:
                 step = torch.zeros((), device=parameter.device)
                 state.update(step=step, exp_avg=torch.zeros_like(parameter))
-        # a list: one tensor for all would be read back from a GPU
+        # a list of values: foreach would read a single tensor back from the GPU
         torch._foreach_add_([state["step"] for state in states], [taken] * len(states))
         momenta = [state["exp_avg"] for state in states]
         gradients = [p.grad for p in parameters]
-        if found_inf is not None:  # a skipped step's gradient is the momentum, which stays then
+        if found_inf is not None:  # with the momentum as gradient, a skipped step keeps it
             gradients = [torch.where(found_inf > 0, m, g) for m, g in zip(momenta, gradients)]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's

@@ -1,4 +1,4 @@
-"""The flags of Trainer.py and Tester.py, their checked ranges and the recipes.
+"""Define the flags of Trainer.py and Tester.py, their checked ranges and the recipes.
 
 A flag on the command line beats the recipe, the recipe beats the template's default.
 """
@@ -9,7 +9,7 @@ import sys
 
 from utils.cli import Parser, UserError, number, path, say
 
-# What a recipe sets where the command line says nothing; all else has the template's default.
+# values of a recipe for flags that are not given; other flags have the template's default
 RECIPES = {
     "template": {},
     # measured: docs/RECIPE.md
@@ -21,7 +21,7 @@ RECIPES = {
 }
 DEFAULT_RECIPE = "pool"
 
-# flags that say how and where to run, not what to train: a checkpoint never decides them
+# flags of how and where to run, not of what to train: a checkpoint never sets them
 OF_THE_MACHINE = {
     "save_root", "device", "gpu", "num_workers", "no_cache", "cache_dir", "ckpt_path", "resume",
     "test", "per_save", "save_every_steps", "max_minutes", "tensorboard", "store_visualization",
@@ -42,7 +42,7 @@ def kl_anneal_type(text):
 
 
 def check_kl_annealing(args):
-    """Give args.kl_anneal_type its name. UserError for values that scripts may set out of range."""
+    """Set args.kl_anneal_type to its name. UserError for values out of range from a script."""
     try:
         args.kl_anneal_type = kl_anneal_type(args.kl_anneal_type)
     except argparse.ArgumentTypeError as error:
@@ -54,7 +54,7 @@ def check_kl_annealing(args):
 
 
 def require(args, *flags):
-    """Raise UserError for a flag that is missing."""
+    """Raise UserError for a flag, by its name, that is missing."""
     for flag in flags:
         if getattr(args, flag) is None:
             raise UserError(f"--{flag}: is missing; expected a path")
@@ -73,14 +73,14 @@ class OneOrMore(argparse.Action):
 
 
 def device_name(text):
-    """Check that a text is cuda, cuda:N, cpu or mps; whether it is there shows when it is used."""
+    """Check that a text is cuda, cuda:N, cpu or mps; `pick_device` checks that it exists."""
     if not re.fullmatch(r"cuda(:\d+)?|cpu|mps", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not cuda, cuda:N, cpu or mps")
     return text
 
 
 class RecipeParser(Parser):
-    """A Parser that takes what the command line lacks from the recipe; `given` lists the rest."""
+    """Parse flags; take those that are not given from the recipe; list the others in `given`."""
 
     def parse_known_args(self, args=None, namespace=None):
         """Parse as every ArgumentParser does; --help shows the defaults of the command's recipe."""
@@ -142,7 +142,7 @@ class RecipeParser(Parser):
 
 
 def recipe_of(words):
-    """Return the recipe of a command line, without checking the rest of it."""
+    """Return the recipe of a command line, a list of words, without a check of other flags."""
     recipe = DEFAULT_RECIPE
     for flag, value in zip(words, [*words[1:], ""]):
         flag, _, joined = str(flag).partition("=")
@@ -174,7 +174,7 @@ SWITCH = argparse.BooleanOptionalAction  # with a --no- form: a recipe or checkp
 
 
 def add_data_flags(group):
-    """Add where the data are, and how much of them is used."""
+    """Add the flags of where the data are, and how much of them is used."""
     add = group.add_argument
     add("--DR", type=path, metavar="DIR", help="data folder, with train/, val/ and test/ in it")
     add("--save_root", type=path, metavar="DIR", help="folder for checkpoints, history and figures")
@@ -202,7 +202,7 @@ def add_data_flags(group):
 
 
 def add_network_flags(group):
-    """Add the sizes of the network."""
+    """Add the flags of the network's sizes."""
     for name, least, default, what in (
             ("F_dim", 8, 128, "of the frame features"), ("L_dim", 2, 32, "of the pose features"),
             ("N_dim", 4, 12, "of z"), ("D_out_dim", 8, 192, "between decoder and generator")):
@@ -214,7 +214,7 @@ def add_network_flags(group):
 
 
 def add_training_flags(group):
-    """Add the recipe, the optimizer and the length of a run."""
+    """Add the flags of the recipe, the optimizer and the length of a run."""
     add = group.add_argument
     add("--recipe", choices=tuple(RECIPES), default=DEFAULT_RECIPE,
         help="pool: training on a pool of rollouts, which scores highest; template: the template's "
@@ -243,7 +243,7 @@ def add_training_flags(group):
 
 
 def add_forcing_flags(group):
-    """Add the schedule of teacher forcing."""
+    """Add the flags of the schedule of teacher forcing."""
     add = group.add_argument
     add("--tfr", type=SHARE, default=1.0, metavar="P",
         help="teacher forcing ratio at the start: the probability of the true previous frame")
@@ -256,7 +256,7 @@ def add_forcing_flags(group):
 
 
 def add_loss_flags(group):
-    """Add the terms of the loss and the annealing of the KL term."""
+    """Add the flags of the loss and of the annealing of its KL term."""
     add = group.add_argument
     add("--objective", choices=("mse", "log_mse"), default="mse",
         help="reconstruction term: the MSE, or the logarithm of each frame's, which is what PSNR "
@@ -271,7 +271,7 @@ def add_loss_flags(group):
 
 
 def add_running_flags(group):
-    """Add the machine, checkpoints and logs."""
+    """Add the flags of the machine, of checkpoints and of logs."""
     add = group.add_argument
     add("--device", type=device_name, metavar="DEVICE",
         help="cuda, cuda:N, cpu or mps (None: cuda where there is one, else cpu)")
@@ -299,7 +299,7 @@ def add_running_flags(group):
 
 
 def add_rollout_flags(group):
-    """Add how validation and test sequences are generated."""
+    """Add the flags of how validation and test sequences are generated."""
     group.add_argument("--z", choices=("prior", "zero"), default="prior",
                        help="prior: z from N(0, I) at every step; zero: its mean")
     group.add_argument("--rollouts", type=number(int, 1, 64), default=1, metavar="N",
@@ -307,7 +307,7 @@ def add_rollout_flags(group):
 
 
 def unlike_template(args):
-    """Return the flags of a command that have other values than the template's, as one line."""
+    """Return the flags whose values differ from the template's defaults, as one line."""
     flags = []
     for action in build_parser("", "")._actions:
         value = getattr(args, action.dest, action.default)

@@ -1,7 +1,8 @@
-"""Schedules of the template's flags: teacher forcing, KL weight, learning rate, data. Pure Python.
+"""Schedule teacher forcing, the KL weight, the learning rate and the data. Pure Python.
 
-Epochs count from 0. In the template's recipe `e` is the whole epoch; in the pool recipe it is continuous, the share
-of the run that is done times num_epoch, so that a run of any length has the whole curve.
+Epochs count from 0. In the template's recipe `e` is a whole epoch. In the pool recipe `e` is
+continuous: the share of the run that is done times num_epoch, so that a run of any length has the
+whole curve.
 """
 
 import copy
@@ -10,20 +11,21 @@ import math
 from utils import options
 from utils.cli import say
 
-FAST_LR = 1.5    # how much larger --fast_train's learning rate is, unless --lr is given
-WARM_UP = 0.02   # share of the run in which the cosine schedule climbs; at most a tenth of the first epoch
-MILESTONES = 2, 5  # epochs from which the template's learning rate is a tenth
+FAST_LR = 1.5      # factor of --fast_train's learning rate, unless --lr is given
+WARM_UP = 0.02     # share of the run in which the cosine schedule climbs: <= 0.1 of the first epoch
+MILESTONES = 2, 5  # epochs at which the template's learning rate drops to a tenth
 
 
 def teacher_forcing_ratio(args, e):
-    """Return the probability in [0, 1] of feeding in ground truth at epoch e."""
+    """Return the probability in [0, 1] of teacher forcing at epoch e."""
     return max(args.tfr_min, args.tfr - args.tfr_d_step * max(0, e - args.tfr_sde + 1))
 
 
 def frange_cycle_linear(n_iter, start=0.0, stop=1.0, n_cycle=1, ratio=1):
-    """Return n_iter values: the first `ratio` of each of n_cycle cycles climbs from start to stop, the rest is stop.
+    """Return n_iter values, a list, in n_cycle cycles.
 
-    Fu et al. 2019, Cyclical Annealing Schedule, equations 6 and 7.
+    The first `ratio` of a cycle climbs from start to stop; the rest is stop. Fu et al. 2019,
+    Cyclical Annealing Schedule, equations 6 and 7.
     """
     period = n_iter / n_cycle
     starts = [int(c * period) for c in range(math.ceil(n_cycle))] + [n_iter]
@@ -32,13 +34,16 @@ def frange_cycle_linear(n_iter, start=0.0, stop=1.0, n_cycle=1, ratio=1):
 
 
 def kl_cycles(args):
-    """Return the number of annealing cycles; the template's recipe has whole epochs, so at most one in two of them."""
+    """Return the number of annealing cycles.
+
+    The template's recipe has whole epochs, so a cycle takes at least two.
+    """
     cycles = args.kl_anneal_cycle if args.kl_anneal_type == "Cyclical" else 1
     return cycles if continuous(args) else min(cycles, max(1, args.num_epoch // 2))
 
 
 def beta_at(args, e):
-    """Return beta in [0, 1], which multiplies --kl_weight, at epoch e; after the last epoch, the last value."""
+    """Return beta in [0, 1], a factor of --kl_weight, at epoch e; after the end, the last value."""
     if args.kl_anneal_type == "None":
         return 1.0
     if continuous(args):  # the function that frange_cycle_linear samples
@@ -49,10 +54,13 @@ def beta_at(args, e):
 
 
 def learning_rate_factor(args, epoch, share):
-    """Return what the learning rate is multiplied with in an epoch, when `share` of the run, in [0, 1], is done."""
+    """Return the factor of the learning rate in an epoch.
+
+    share: the share of the run in [0, 1] that is done.
+    """
     if args.schedule == "step":  # the template's MultiStepLR
         factor = 0.1 ** sum(epoch >= milestone for milestone in MILESTONES)
-    else:  # cosine (Loshchilov & Hutter 2017); warm-up begins at 0.05, since a first step of 0 would teach nothing
+    else:  # cosine (Loshchilov & Hutter 2017); at 0 the first step of warm-up would be lost
         first = data_share(args, 0) / data_share(args, args.num_epoch - 1)
         warm_up = min(WARM_UP, 0.1 / args.num_epoch * min(1.0, first))
         factor = min(1.0, share / warm_up + 0.05) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
@@ -62,18 +70,18 @@ def learning_rate_factor(args, epoch, share):
 
 
 def data_share(args, epoch):
-    """Return the share of the training data that an epoch sees."""
+    """Return the share in (0, 1] of the training data that an epoch sees."""
     fast = args.fast_train and epoch < args.fast_train_epoch
     return min(args.fast_partial, args.partial) if fast else args.partial
 
 
 def continuous(args):
-    """Return whether schedules move with every step: in the pool recipe."""
+    """Return whether schedules move with every step, as in the pool recipe."""
     return args.recipe == "pool"
 
 
 def share_done(model):
-    """Return the share of the run that is done: by its steps, or by the time it is fitted to."""
+    """Return the share in [0, 1] of the run that is done, by steps or by --max_minutes."""
     budget, total = model.session.budget, model.session.total_steps
     if budget and budget.fitted:
         return budget.share()
@@ -81,22 +89,23 @@ def share_done(model):
 
 
 def schedule_epoch(model):
-    """Return the epoch that a model's schedules go by: continuous in the pool's training stage."""
+    """Return the epoch that sets a model's schedules, continuous in the pool's training stage."""
     if in_continuous_stage(model):
         return share_done(model) * model.args.num_epoch
     return model.current_epoch
 
 
 def in_continuous_stage(model):
-    """Return whether a model's schedules move with every step: in a training stage of the pool."""
+    """Return whether a model is in a training stage whose schedules move with every step."""
     return continuous(model.args) and bool(model.session.total_steps)
 
 
 class kl_annealing:
-    """The weight beta in [0, 1] of the KL term, by whole epochs, as the template has it (Fu et al. 2019).
+    """Anneal the weight beta in [0, 1] of the KL term by whole epochs, with the template's names.
 
-    args: kl_anneal_type (Cyclical, Monotonic or None, in any case), kl_anneal_cycle, kl_anneal_ratio, num_epoch.
-    UserError for cycles below 1 and a ratio outside (0, 1].
+    args: kl_anneal_type (Cyclical, Monotonic or None, in any case), kl_anneal_cycle,
+    kl_anneal_ratio, num_epoch. UserError for cycles below 1 and a ratio outside (0, 1]. Fu et al.
+    2019.
     """
 
     frange_cycle_linear = staticmethod(frange_cycle_linear)
@@ -107,12 +116,13 @@ class kl_annealing:
         self.args, self.current_epoch = args, current_epoch
         cycles = kl_cycles(args)
         if args.kl_anneal_type == "Cyclical" and cycles < args.kl_anneal_cycle:
-            say(f"--kl_anneal_cycle {args.kl_anneal_cycle} is more than {args.num_epoch} epochs hold: {cycles} used")
+            say(f"--kl_anneal_cycle {args.kl_anneal_cycle} is more than {args.num_epoch} epochs "
+                f"hold: {cycles} used")
 
     def update(self):
         """Advance to the next epoch."""
         self.current_epoch += 1
 
     def get_beta(self):
-        """Return the current epoch's beta; after the last epoch, the last one."""
+        """Return the current epoch's beta; after the last epoch, the last value."""
         return beta_at(self.args, self.current_epoch)

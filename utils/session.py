@@ -1,4 +1,7 @@
-"""The edge of the training stage: the folder's lock, signals, ranks, time, resuming. Functions that take the model."""
+"""Run what surrounds training steps: lock, signals, ranks, time, resuming.
+
+The functions take a VAE_Model.
+"""
 
 import time
 from contextlib import contextmanager, nullcontext
@@ -10,7 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import cli, distributed, logger, schedules, time_budget
+from utils import cli, distributed, figures, logger, schedules, time_budget
 from utils.averaging import begin_average
 from utils.checkpoint import file_version, is_latest_in, is_resumable, read_checkpoint
 from utils.cli import Stopped, UserError, say
@@ -25,21 +28,21 @@ MAX_SKIPPED = 20  # non-finite steps in a row that end training
 
 @dataclass
 class Session:
-    """What a model has beside its weights and its TrainingState, and what ends with the process."""
+    """Hold what a model has beside weights and TrainingState, and what ends with the process."""
 
     command: list = field(default_factory=list)   # words that started this run
-    began: float | None = None                    # time.monotonic() of its start
+    began: float | None = None                    # time.monotonic() when the run started
     stop: distributed.StopSignal = field(default_factory=distributed.StopSignal)
     budget: time_budget.TimeBudget | None = None  # of --max_minutes
-    total_steps: int | None = None                # of the whole run, known in a training stage
-    drawn: dict = field(default_factory=dict)     # how many samples of teacher forcing the step drew
+    total_steps: int | None = None                # of the whole run; None outside a training stage
+    drawn: dict = field(default_factory=dict)     # numbers of the step's teacher forcing samples
     frames: dict = field(default_factory=dict)    # decoded splits
     clips: list | None = None                     # start indices of the training data's clips
     poses: torch.Tensor | None = None             # training poses for BatchNorm recalibration
-    ensemble: list = field(default_factory=list)  # models whose predictions are averaged with this one's
-    first_step: tuple = (0, 0.0)                  # steps done before this process, and when it began
-    saved: dict | None = None                     # a checkpoint's training state, until training resumes
-    version: tuple | None = None                  # the version of that checkpoint's file
+    ensemble: list = field(default_factory=list)  # further models, for the mean of predictions
+    first_step: tuple = (0, 0.0)                  # steps done at the first step, and its time
+    saved: dict | None = None                     # a checkpoint's state, until training resumes
+    version: tuple | None = None                  # `file_version` of that checkpoint
     lr: float | None = None                       # --lr of the command
     evaluates: bool = False                       # in evaluation mode until the next training step
     logits_said: bool = False                     # whether `warn_of_logits` has printed its line
@@ -47,9 +50,8 @@ class Session:
     board: object = None                          # TensorBoard's writer
     bar: object = None                            # the progress bar of a rollout
 
-
     def count_drawn(self, samples, more):
-        """Count a step's samples of teacher forcing, bool (n,). more: to those counted before."""
+        """Count a step's teacher forcing samples, bool (n,). more: add them to earlier counts."""
         before = self.drawn if more else {"forced": 0, "drawn": 0}
         self.drawn = {"forced": before["forced"] + int(samples.sum()),
                       "drawn": before["drawn"] + len(samples)}
@@ -59,7 +61,7 @@ class Session:
 
 @contextmanager
 def guarded(model):
-    """Inside, save_root is locked, a signal saves and stops the run, and a full device is a UserError."""
+    """Lock save_root inside; save and stop on a signal; raise UserError where memory is short."""
     args, session = model.args, model.session
     memory = enough_memory(f"--batch_size {args.batch_size}",
                            "a smaller one, or --checkpoint_steps for long windows")
@@ -75,14 +77,17 @@ def guarded(model):
                 + (f"with: {command}" if session.command else f"from {args.save_root}/last.ckpt"))
             raise
         finally:
-            session.parallel = None  # it holds on to the process group, which would end after its threads
-            session.began = None     # a stage that follows in this process has minutes of its own
+            session.parallel = None  # it refers to the process group, whose end must come first
+            session.began = None     # another stage in this process has minutes of its own
 
 
 def prepare(model):
-    """Ready the first step: a checkpoint's state or a fresh one, the other ranks, compiling, the time."""
+    """Prepare the first step: restore a checkpoint, start ranks, compile, fit --max_minutes.
+
+    UserError where another run has overwritten the checkpoint.
+    """
     args, state, session = model.args, model.state, model.session
-    # the folder's lock is held only now, and decoding may have taken minutes
+    # between reading the checkpoint and locking the folder, decoding may have taken minutes
     if session.saved and Path(args.ckpt_path).resolve().parent == Path(args.save_root).resolve():
         if file_version(args.ckpt_path) != session.version:
             raise UserError(f"{args.ckpt_path}: another run has written it meanwhile; "
@@ -95,18 +100,18 @@ def prepare(model):
     parallelize(model)
     if session.saved:
         resume(model)
-    elif not state.steps_done:  # a script may have called training_one_step before
+    elif not state.steps_done:  # a script may have called training_one_step
         state.epoch_means, state.step_means = logger.RunningMeans(), logger.RunningMeans()
-    model.teacher_forcing_ratio_update()  # by this command's flags, whatever the checkpoint had
+    model.teacher_forcing_ratio_update()  # by this command's flags, not the checkpoint's
     if distributed.rank() == 0:
         sweep_leftovers(args.save_root)
         aside = None if resumes_here else set_aside(args.save_root)
         if aside:
-            say(f"--save_root {args.save_root}: the files that were here are in {aside}"
+            say(f"--save_root {args.save_root}: an earlier run's files are moved to {aside}"
                 + (f"; --save_root {aside} --resume resumes their run"
                    if is_resumable(aside / "last.ckpt") else ""))
         if args.tensorboard:
-            session.board = logger.open_tensorboard(Path(args.save_root) / "tensorboard")
+            session.board = figures.open_tensorboard(Path(args.save_root) / "tensorboard")
         if resumes_here and state.step == 0:
             catch_up(model)
     logger.print_start(model)
@@ -119,23 +124,23 @@ def prepare(model):
 
 
 def end_step(model, loss, bar, last):
-    """Log a step, save where --save_every_steps wants it, stop where a signal or the loss asks for it.
+    """Log a step, save every --save_every_steps, and stop after a signal.
 
-    last: whether the epoch ends with it.
+    last: whether the step is the epoch's last. UserError where the loss stays non-finite.
     """
     args, state, session = model.args, model.state, model.session
     before, state.share_done = state.share_done, share_done(model)
     logger.log_steps(model, before)
     logger.print_duration(model)
-    # reading a value from a GPU waits for it; at the end of an epoch it must, or its last steps would
-    # count as validation
+    # reading from a GPU waits for it: rarely, and at an epoch's end, or validation would do so
     look = model.device.type == "cpu" or state.steps_done % 20 == 0 or last
     if look:
         model.tqdm_bar("train", bar, loss, model.optim.param_groups[0]["lr"], state.step - bar.n)
         if state.skipped_in_a_row >= MAX_SKIPPED:
-            raise UserError(f"--lr {args.lr:g}, --kl_weight {args.kl_weight:g}: the loss was not finite for "
-                            f"{int(state.skipped_in_a_row)} steps in a row in epoch {state.epoch}; expected "
-                            f"smaller ones (what is in {args.save_root} is whole)")
+            raise UserError(f"--lr {args.lr:g}, --kl_weight {args.kl_weight:g}: the loss was not "
+                            f"finite for {int(state.skipped_in_a_row)} steps in a row in epoch "
+                            f"{state.epoch}; expected smaller ones (what is in {args.save_root} is "
+                            f"whole)")
     if look or distributed.world() == 1:
         agree(model)
     if args.save_every_steps and state.step % args.save_every_steps == 0:
@@ -146,8 +151,8 @@ def end_step(model, loss, bar, last):
 def evaluate_until_trained(model):
     """Leave training mode until the next training step, where VAE_Model.__init__ never ran.
 
-    Such a subclass, as the template's Tester, never leaves training mode itself, in which
-    BatchNorm normalizes each pose alone.
+    Such a subclass, like the template's Tester, never leaves training mode itself. In training mode
+    BatchNorm would normalize each pose alone.
     """
     if not model.initialized:
         nn.Module.train(model, False)
@@ -155,14 +160,14 @@ def evaluate_until_trained(model):
 
 
 def train_again(model):
-    """End what `evaluate_until_trained` began."""
+    """Return to training mode after `evaluate_until_trained`."""
     if model.session.evaluates:
         nn.Module.train(model, True)
         model.session.evaluates = False
 
 
 def agree(model):
-    """Let all ranks see the same clock, and the signal that any of them received."""
+    """Give all ranks the same clock, and tell them of a signal that any rank received."""
     budget = model.session.budget
     if budget:
         budget.now = distributed.broadcast(time.monotonic(), model.device)
@@ -170,19 +175,19 @@ def agree(model):
 
 
 def learning_rate_factor(model, _=None):
-    """Return what --lr is multiplied with in the next step; at the peak outside a training stage."""
+    """Return the factor of --lr in the next step; the peak's outside a training stage."""
     share = share_done(model) if model.session.total_steps else WARM_UP
     return schedules.learning_rate_factor(model.args, model.current_epoch, share)
 
 
 def set_learning_rate(model):
-    """Give the optimizer the learning rate of the next step."""
+    """Set the optimizer's learning rate for the next step."""
     for group, peak in zip(model.optim.param_groups, model.scheduler.base_lrs):
         group["lr"] = peak * learning_rate_factor(model)
 
 
 def count_steps(model):
-    """Count the steps of the whole run, by which schedules go."""
+    """Count the steps of the whole run, which set the schedules."""
     state = model.state
     rest = sum(model.steps_in(epoch) for epoch in range(state.epoch, state.num_epoch))
     model.session.total_steps = max(1, state.steps_done - state.step + rest)
@@ -191,7 +196,10 @@ def count_steps(model):
 # ---------------------------------------------------------------- resuming
 
 def epochs_to_train(model):
-    """Return the epochs of the run; a resumed run's own, where --num_epoch asks for the same number."""
+    """Return the number of epochs of the run.
+
+    Where --max_minutes left a run fewer epochs and --num_epoch is the same, a resume keeps them.
+    """
     saved = model.session.saved
     same = saved and saved["num_epoch"] == model.args.num_epoch
     return saved["state"]["num_epoch"] if same else model.args.num_epoch
@@ -207,16 +215,19 @@ def resume(model):
     keep_precision(model, saved)
     restore_checkpoint(model, saved, args.ckpt_path)
     if state.train_frames != train_frames:
-        say(f"--DR {args.DR}: {train_frames} training frames, the checkpoint's run had {state.train_frames}")
+        say(f"--DR {args.DR}: {train_frames} training frames, "
+            f"the checkpoint's run had {state.train_frames}")
     state.num_epoch, state.train_frames, session.saved = num_epoch, train_frames, None
     model.scheduler.base_lrs, args.lr = [session.lr], session.lr
     count_steps(model)
 
 
 def catch_up(model):
-    """Write the tables and figures of the newest epoch, where a kill came between its checkpoints and them."""
+    """Write the newest epoch's tables and figures if a kill came between checkpoint and tables."""
     args, state, root = model.args, model.state, Path(model.args.save_root)
-    if distributed.rank() or not state.history or csv_length(root / "history.csv") == len(state.history):
+    if distributed.rank() or not state.history:
+        return
+    if csv_length(root / "history.csv") == len(state.history):
         return
     best = root / "best.ckpt"
     best = best.exists() and read_checkpoint(best)["last_epoch"] == state.history[-1]["epoch"]
@@ -226,7 +237,10 @@ def catch_up(model):
 
 
 def catch_up_alone(model, open_data):
-    """`catch_up` of a run that is done: its data are opened and its state restored for it."""
+    """Open the data and restore the state of a run that is done, for `catch_up`.
+
+    open_data: called with the model.
+    """
     saved, args = model.session.saved, model.args
     if not saved or not args.resume or distributed.rank():
         return
@@ -242,29 +256,32 @@ def catch_up_alone(model, open_data):
 # ---------------------------------------------------------------- ranks
 
 def parallelize(model):
-    """Have the gradients of training steps averaged over the ranks; weights come from rank 0."""
+    """Have training steps average their gradients over the ranks; take rank 0's weights."""
     if distributed.world() == 1:
         return
     args, session = model.args, model.session
     session.parallel = DistributedDataParallel(model)
-    # after its first step DistributedDataParallel sums gradients in another order: a discarded step comes
-    # first, so that runs that start and runs that resume are bitwise identical
+    # the order of DDP's sums changes after one step: discard it, for a bitwise identical resume
     saved = capture(model)
     window = torch.zeros(args.batch_size, 2, 3, args.frame_H, args.frame_W, device=model.device)
     session.parallel(window, window, True)[0].backward()
     model.optim.zero_grad(set_to_none=True)
     restore(model, saved)
-    torch.manual_seed(args.seed + distributed.rank())  # what each rank draws from here on is its own
+    torch.manual_seed(args.seed + distributed.rank())  # every rank draws its own noise
 
 
 def validate(model):
-    """Return the PSNR of `model.eval()`, run on rank 0, on every rank; an error there ends all of them."""
+    """Run `model.eval()` on rank 0, and return its PSNR in dB on every rank.
+
+    An error on rank 0 ends every rank.
+    """
     began = time.monotonic()
     psnr, problem = 0.0, None
     if distributed.world() == 1:
         psnr = model.eval()
     else:
-        for buffer in model.buffers():  # each rank's BatchNorm saw other windows: rank 0's statistics hold
+        # BatchNorm saw other windows on each rank: take rank 0's statistics
+        for buffer in model.buffers():
             dist.broadcast(buffer, 0)
         if distributed.rank() == 0:
             try:
@@ -272,7 +289,7 @@ def validate(model):
             except (Stopped, UserError) as error:
                 problem = error
         if distributed.broadcast(isinstance(problem, UserError), model.device):
-            raise problem or SystemExit(2)  # rank 0 prints what it was
+            raise problem or SystemExit(2)  # rank 0 alone prints the error
         model.session.stop.agree(model.device)
         model.session.stop.check()
         psnr = distributed.broadcast(psnr, model.device)

@@ -1,4 +1,4 @@
-"""The Kaggle submission: a CSV of pixel values, written and checked. Needs NumPy alone."""
+"""Write and check the Kaggle submission, a CSV of pixel values. Needs NumPy alone."""
 
 import numpy as np
 
@@ -9,25 +9,28 @@ COMPETITION = 5, 630, (3, 32, 64)  # sequences, frames of each, shape of a frame
 
 
 def csv_rows(frames):
-    """Return frames (n, 3, H, W) in [0, 1] as the CSV's text without ids, a list of n rows.
+    """Return frames (n, 3, H, W), float in [0, 1], as n rows of the CSV's text without ids.
 
-    A row is the whole numbers rint(255 * x), channel first.
+    A row holds the whole numbers rint(255 * x), channel first.
     """
     values = np.rint(255 * frames.double().numpy()).astype(np.uint8).reshape(len(frames), -1)
     return [",".join(map(str, row)) for row in values.tolist()]
 
 
 def write_submission(path, rows, values):
-    """Write the Kaggle CSV atomically, as pandas would: `id` and `values` whole numbers a row."""
+    """Write the Kaggle CSV atomically, in pandas' format.
+
+    rows: texts of `csv_rows`. values: how many numbers a row holds.
+    """
     with atomic(path) as aside, open(aside, "w", newline="", encoding="ascii") as file:
         file.write(",".join(["id", *map(str, range(values))]) + "\n")
         file.writelines(f"{i},{row}\n" for i, row in enumerate(rows))
 
 
 def format_warning(sequences, frames, shape):
-    """Return a line that says why the competition refuses such a submission; None if it does not.
+    """Return a line on how a submission differs from the competition's format; None if it fits.
 
-    shape: (3, H, W) of a frame.
+    frames: of each sequence. shape: (3, H, W) of a frame.
     """
     def described(sequences, frames, shape):
         return (f"{sequences} sequences of {frames} frames of {shape[1]}x{shape[2]}, "
@@ -41,10 +44,10 @@ def format_warning(sequences, frames, shape):
 
 
 def check_submission(path, sequences, frames, values):
-    """Return the rows of a submission, uint8 (sequences * frames, values).
+    """Return the pixel values of a submission, uint8 (sequences * frames, values).
 
-    A submission is a header `id,0,...,{values - 1}` and one row a frame: its id, counted from 0,
-    and whole numbers 0..255. UserError names the first bad line.
+    A submission is a header `id,0,...,{values - 1}` and one row a frame: an id, counted from 0, and
+    whole numbers in 0..255. UserError names the first bad line.
     """
     try:
         with open(path, "rb") as handle:
@@ -54,12 +57,12 @@ def check_submission(path, sequences, frames, values):
 
 
 class _Reader:
-    """A submission's file, read line by line."""
+    """Read a submission line by line."""
 
     def __init__(self, path, handle, values):
         self.path, self.handle, self.values = path, handle, values
         self.header = ",".join(["id", *map(str, range(values))]).encode()
-        # a longer line has too many columns; never read more of it
+        # a longer line has too many columns, and is read no further
         self.longest = max(len(self.header), 24 + 4 * values) + 2
 
     def read(self, sequences, frames):
@@ -80,11 +83,12 @@ class _Reader:
         return pixels
 
     def next_line(self):
-        """Return the next line as it is, and without its end."""
+        """Return the next line, bytes, with and without its line end."""
         raw = self.handle.readline(self.longest)
         return raw, raw.removesuffix(b"\n").removesuffix(b"\r")
 
     def check_header(self, content):
+        """Raise UserError where the first line is not the expected header."""
         if content == self.header:
             return
         found = content.split(b",")
@@ -96,7 +100,7 @@ class _Reader:
                      f"({self.values + 1} columns)")
 
     def numbers(self, row, raw, content):
-        """Return a row's values, uint8 (values,); UserError says what is wrong with its line."""
+        """Return the values of a row, uint8 (values,). UserError names what is wrong with it."""
         line = row + 2
         if not content:
             self.fail(line, f"is blank, expected the row with id {row}")
@@ -116,7 +120,7 @@ class _Reader:
         return np.frombuffer(found, dtype=np.uint8)
 
     def explain(self, line, row, content):
-        """Say what is wrong with a line that is no row."""
+        """Raise UserError for what is wrong with a line that is no row."""
         fields = content.split(b",")
         if len(fields) != self.values + 1:
             self.fail(line, f"{len(fields)} columns, expected {self.values + 1} "
@@ -129,8 +133,10 @@ class _Reader:
                                 f"expected a whole number from 0 to 255")
 
     def fail(self, line, what):
+        """Raise UserError for a line, counted from 1."""
         raise UserError(f"{self.path}, line {line}: {what}")
 
 
 def _shown(field):
+    """Return the first bytes of a field as text for a message."""
     return repr(field[:24].decode("utf-8", "replace")) + ("..." if len(field) > 24 else "")

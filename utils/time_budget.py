@@ -1,4 +1,4 @@
-"""The time of a run with --max_minutes: epochs and schedules are fitted to it."""
+"""Fit the epochs and schedules of a run to --max_minutes."""
 
 import time
 
@@ -10,21 +10,25 @@ from utils.distributed import broadcast
 from utils.schedules import share_done
 from utils.training_state import capture, restore
 
-FEW_FRAMES = 33  # of the rollout that is timed
-MARGIN = 1.2, 5  # of the last validation: a factor for a machine that slows down, seconds for files
+FEW_FRAMES = 33  # frames of the rollout that is timed
+MARGIN = 1.2, 5  # for the last validation: a factor (the machine may slow down), seconds for files
 
 
 class TimeBudget:
-    """The minutes of a run, in seconds of time.monotonic(). The last validation must fit before `end`."""
+    """Keep the time of a run, in seconds of time.monotonic().
+
+    end: by which the last validation is done. validation: its duration. share: the share of the run
+    in [0, 1] that is done at the time `now`.
+    """
 
     def __init__(self, end, now, validation, share):
         self.end, self.start_share = end, share
         self.start = self.now = now
-        self.fitted = False  # whether the schedules go by the time; else there is time for all epochs
+        self.fitted = False  # whether time sets the schedules; else all epochs have time
         self.reserve(validation)
 
     def reserve(self, validation):
-        """Keep the seconds of the last validation, with a margin."""
+        """Set training's deadline: `end` less the last validation's seconds and a margin."""
         self.deadline = self.end - MARGIN[0] * validation - MARGIN[1]
 
     def over(self):
@@ -32,13 +36,13 @@ class TimeBudget:
         return self.now >= self.deadline
 
     def share(self):
-        """Return the share of the run that is done: from what it was at the start to 1 at the deadline."""
+        """Return the share of the run in [0, 1] that is done, 1 at the deadline."""
         gone = (self.now - self.start) / max(1e-9, self.deadline - self.start)
         return self.start_share + (1 - self.start_share) * min(1.0, max(0.0, gone))
 
 
 def fit(model):
-    """Measure a training step and a rollout, and give the model's session a TimeBudget and its number of epochs."""
+    """Time a training step and a rollout; set session.budget and the number of epochs."""
     args, state, session = model.args, model.state, model.session
     saved = capture(model)
     step = broadcast(seconds_a_step(model), model.device)
@@ -62,7 +66,7 @@ def fit(model):
 
 
 def seconds_a_step(model, count=5):
-    """Return the median duration of a training step."""
+    """Return the median duration in seconds of `count` training steps."""
     seconds, began = [], time.monotonic()
     for batch, _ in zip(model.batches(), range(count)):
         model.training_one_step(*batch)
@@ -76,11 +80,11 @@ def seconds_a_step(model, count=5):
 
 
 def seconds_a_validation(model):
-    """Return how long a validation takes, from a short rollout."""
+    """Return the duration in seconds of a validation, estimated from a short rollout."""
     args, loader = model.args, model.val_dataloader()
     img, label = next(iter(loader))
     few = min(args.val_vi_len, FEW_FRAMES)
-    for _ in range(2):  # the first one warms up
+    for _ in range(2):  # the first rollout is a warm-up
         began = time.monotonic()
         with validated_weights(model):
             ready = time.monotonic()

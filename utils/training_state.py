@@ -1,4 +1,4 @@
-"""What a resume needs beside the weights and the optimizer: one dataclass, saved and restored whole.
+"""Save and restore what a resume needs beside the weights and the optimizer, in one dataclass.
 
 A resumed run on a CPU is bitwise identical to one that was never stopped (docs/GUARANTEES.md).
 """
@@ -21,15 +21,15 @@ from utils.schedules import WARM_UP, learning_rate_factor, share_done
 
 @dataclass
 class TrainingState:
-    """The state of a run between two steps. Values are plain, tensors, or objects with a state of their own."""
+    """Hold the state of a run between two steps: plain values, tensors, objects with a state."""
 
-    num_epoch: int                    # epochs of this run; --max_minutes may leave fewer than --num_epoch
-    sampler: torch.Generator          # draws what is teacher-forced; every rank has its own
-    skipped_in_a_row: object = 0      # steps whose gradient was not finite; a tensor after the first
-    epoch: int = 0                    # the one that is trained
+    num_epoch: int                    # epochs of this run, with --max_minutes maybe fewer
+    sampler: torch.Generator          # samples teacher forcing; every rank has its own
+    skipped_in_a_row: object = 0      # steps with non-finite gradients; a tensor after the first
+    epoch: int = 0                    # the epoch in training
     step: int = 0                     # steps done in this epoch
     steps_done: int = 0               # steps done in the whole run
-    epoch_sample: float | None = None  # of --tf_coin epoch
+    epoch_sample: float | None = None  # uniform sample in [0, 1) of --tf_coin epoch
     best_psnr: float = -math.inf
     seconds: float = 0.0              # of training in this epoch
     share_done: float = 0.0           # of the run
@@ -38,8 +38,8 @@ class TrainingState:
     pool: object = None               # the RolloutPool; every rank has its own
     history: list = field(default_factory=list)  # rows of history.csv
     steps: list = field(default_factory=list)    # rows of steps.csv
-    epoch_means: RunningMeans = field(default_factory=RunningMeans)  # of the next row of history.csv
-    step_means: RunningMeans = field(default_factory=RunningMeans)   # of the next row of steps.csv
+    epoch_means: RunningMeans = field(default_factory=RunningMeans)  # for history.csv
+    step_means: RunningMeans = field(default_factory=RunningMeans)   # for steps.csv
 
     def next_epoch(self):
         """Begin the next epoch."""
@@ -51,14 +51,17 @@ OF_EACH_RANK = "sampler", "pool"
 
 
 def packed(value):
-    """Return a copy of a field's value, made of plain types and tensors."""
+    """Return a copy of a field's value as plain types and tensors."""
     if isinstance(value, torch.Generator):
         return value.get_state()
     return copy.deepcopy(value.state_dict() if hasattr(value, "state_dict") else value)
 
 
 def unpacked(own, saved, device):
-    """Return a field's value from what `packed` made of it; an object's state is loaded into `own`."""
+    """Return a field's value from the result of `packed`.
+
+    own: the field's present value, which takes the state where it is an object.
+    """
     if isinstance(own, torch.Generator):
         own.set_state(saved)
     elif hasattr(own, "load_state_dict"):
@@ -77,7 +80,7 @@ def to_device(value, device):
 
 
 def capture(model):
-    """Return everything that decides the rest of a run, as plain types and tensors."""
+    """Return everything that determines the rest of a run, as plain types and tensors."""
     state, device = model.state, model.device
     state.share_done = share_done(model)
     of_this_rank = {
@@ -89,13 +92,14 @@ def capture(model):
         "weights": network_state(model), "optimizer": copy.deepcopy(model.optim.state_dict()),
         "scheduler": model.scheduler.state_dict(), "scaler": model.scaler.state_dict(),
         "precision": model.precision, "device": device.type,
-        "state": {f.name: packed(getattr(state, f.name)) for f in fields(state) if f.name not in OF_EACH_RANK},
+        "state": {f.name: packed(getattr(state, f.name)) for f in fields(state)
+                  if f.name not in OF_EACH_RANK},
         "ranks": distributed.gather(of_this_rank),
     }
 
 
 def restore(model, saved):
-    """Bring a model to where `capture` was called; flags may differ from those of that run."""
+    """Bring a model to the state that `capture` returned; flags of the two runs may differ."""
     state, device = model.state, model.device
     load_network_state(model, saved["weights"])
     load_optimizer(model, saved["optimizer"])
@@ -106,11 +110,12 @@ def restore(model, saved):
         model.scaler.load_state_dict(saved["scaler"])
 
     found = dict(saved["state"])
-    if state.average is None or found["average"] is None:  # --ema as this command has it
+    if state.average is None or found["average"] is None:  # this command's --ema holds
         found["average"] = state.average
-    rank = distributed.rank()
-    of_this_rank = saved["ranks"][rank] if rank < len(saved["ranks"]) else None  # else a rank that the run did not have
-    for name, value in [*found.items(), *((n, of_this_rank[n]) for n in OF_EACH_RANK if of_this_rank)]:
+    # None for a rank that the run did not have
+    of_this_rank = dict(enumerate(saved["ranks"])).get(distributed.rank())
+    own = {name: of_this_rank[name] for name in OF_EACH_RANK} if of_this_rank else {}
+    for name, value in {**found, **own}.items():
         setattr(state, name, unpacked(getattr(state, name), value, device))
     model.kl_annealing.current_epoch = state.epoch
     if of_this_rank:
@@ -120,36 +125,40 @@ def restore(model, saved):
 
 
 def restore_checkpoint(model, saved, path):
-    """`restore`, from the checkpoint at `path`. UserError where its state is another version's."""
+    """Restore the state in the checkpoint at `path`. UserError where another version wrote it."""
     try:
         restore(model, saved)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--ckpt_path {path}: its training state is not one of this version ({type(error).__name__}: "
-                        f"{error}); expected a run of this version") from None
+        raise UserError(f"--ckpt_path {path}: its training state is not one of this version "
+                        f"({type(error).__name__}: {error}); expected a run of this version"
+                        ) from None
 
 
 def load_optimizer(model, optimizer):
-    """Take the state from an optimizer's state_dict, or none where the optimizer was of another kind.
+    """Load the state of an optimizer's state_dict; an empty state where its kind is another.
 
     Settings and memory layout stay the model's.
     """
     parameters = list(model.parameters())
     squared = [not (model.args.optim == "Muon" and is_matrix(p)) for p in parameters]
-    state = copy.deepcopy(optimizer["state"]) if optimizer_fits(optimizer, parameters, squared) else {}
+    fits = optimizer_fits(optimizer, parameters, squared)
+    state = copy.deepcopy(optimizer["state"]) if fits else {}
     model.optim.load_state_dict({**model.optim.state_dict(), "state": state})
     for parameter, own in model.optim.state.items():
-        for name in own.keys() & {"exp_avg", "exp_avg_sq"}:  # the fused kernels take both for laid out alike
+        # the fused kernels assume the memory layout of the parameter
+        for name in own.keys() & {"exp_avg", "exp_avg_sq"}:
             own[name] = torch.empty_like(parameter).copy_(own[name])
 
 
 def take_settings(model, loaded):
-    """Take from a checkpoint, as `read_checkpoint` returns it, what says where training stands.
+    """Take the progress of training from a checkpoint, as `read_checkpoint` returns it.
 
     Sets args.lr, tfr, current_epoch (the one after the checkpoint's last), kl_annealing and the
-    optimizer; and session.saved, from which a training stage resumes, where the run is ours.
+    optimizer. Where this project wrote the checkpoint, also sets session.saved, from which a
+    training stage resumes.
     """
     args, session = model.args, model.session
-    for name in ("state", "optim", "scheduler", "scaler"):  # of a stage before this
+    for name in ("state", "optim", "scheduler", "scaler"):  # made by an earlier stage
         model.__dict__.pop(name, None)
     session.lr = args.lr
     if "lr" not in args.given:
@@ -158,9 +167,9 @@ def take_settings(model, loaded):
     model.current_epoch = 0 if loaded["last_epoch"] is None else loaded["last_epoch"] + 1
     model.kl_annealing.current_epoch = model.current_epoch
 
-    saved = loaded.get("resume")  # anything in a third-party checkpoint
+    saved = loaded.get("resume")  # of any type in a third-party checkpoint
     ours = isinstance(saved, dict) and {"state", "ranks", "num_epoch"} <= saved.keys()
-    # lr is the schedule's peak in ours, in a third-party checkpoint the last epoch's
+    # lr is the schedule's peak if ours, the last epoch's in a third-party checkpoint
     factor = 1 if ours else learning_rate_factor(args, model.current_epoch, 0)
     model.scheduler.base_lrs = [session.lr if args.schedule == "cosine" else args.lr / factor]
     for group, peak in zip(model.optim.param_groups, model.scheduler.base_lrs):
@@ -172,9 +181,9 @@ def take_settings(model, loaded):
 
 
 def load_member(kind, args, path):
-    """Return a model of a class with the weights of a further checkpoint of an ensemble.
+    """Return a model of class `kind` with the weights of a further checkpoint of an ensemble.
 
-    Sizes and output activation are the checkpoint's. UserError where its frames have another shape.
+    Sizes and output activation are the checkpoint's. UserError for another frame shape.
     """
     loaded = read_checkpoint(path)
     settings = {**kind.flags().accept(loaded.get("args"), path), **sizes(loaded)}
