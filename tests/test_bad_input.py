@@ -1,6 +1,6 @@
 """Bad pictures, folders and flags: each works, or ends in one line that names the file, exit status 2, nothing written.
 
-The table at the end of the first half is the promise of docs/RELIABILITY.md, case by case.
+The table at the end of the first half is a row of docs/GUARANTEES.md, case by case.
 """
 
 import ctypes
