@@ -14,12 +14,13 @@ import Trainer
 
 HEAD = """# Flags
 
-Printed by `python scripts/flags_page.py > docs/FLAGS.md`; a test compares this page with the parsers.
+Printed by `python scripts/flags_page.py > docs/FLAGS.md`; a test compares it with the parsers.
 
-Trainer.py and Tester.py share their flags. Tester.py takes the flags of training for compatibility; they change
-nothing there. A flag on the command line beats the recipe, and the recipe beats the template's default. *template* is
-the value under `--recipe template`. *default* is the value of a command that names no recipe, bold where it differs.
-An empty cell is None. `--help` shows the defaults of the recipe on the same command line.
+Trainer.py and Tester.py share their flags. Tester.py takes the flags of training for compatibility;
+they change nothing there. A flag on the command line beats the recipe, and the recipe beats the
+template's default. *template* is the value under `--recipe template`. *default* is the value of a
+command that names no recipe, bold where it differs. An empty cell is None. `--help` shows the
+defaults of the recipe on the same command line.
 """
 
 TABLE = "| flag | template | default | meaning |\n| --- | --- | --- | --- |"
