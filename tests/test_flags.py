@@ -1,4 +1,4 @@
-"""The flags: every one has a help and a checked range, what beats what, and docs/FLAGS.md."""
+"""The flags: help, checked ranges, what beats what, and docs/FLAGS.md."""
 
 import argparse
 import os
@@ -9,27 +9,31 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, in_process
-
-from scripts import flags_page
-from utils import cli
-from utils import options
 import Tester
 import Trainer
+from conftest import ROOT, in_process
+from scripts import flags_page
+from utils import cli, options
 
 PARSERS = {"Trainer": Trainer.build_parser, "Tester": Tester.build_parser}
-TEMPLATE = dict(
-    batch_size=2, lr=0.001, optim="Adam", gpu=1, test=False, num_workers=4, num_epoch=70, per_save=3, partial=1.0, train_vi_len=16,
-    val_vi_len=630, frame_H=32, frame_W=64, F_dim=128, L_dim=32, N_dim=12, D_out_dim=192, tfr=1.0, tfr_sde=10, tfr_d_step=0.1,
-    ckpt_path=None, fast_train=False, fast_partial=0.4, fast_train_epoch=5, kl_anneal_type="Cyclical", kl_anneal_cycle=10,
-    kl_anneal_ratio=1, tfr_min=0.0)
+TEMPLATE = {
+    "batch_size": 2, "lr": 0.001, "optim": "Adam", "gpu": 1, "test": False, "num_workers": 4,
+    "num_epoch": 70, "per_save": 3, "partial": 1.0, "train_vi_len": 16, "val_vi_len": 630,
+    "frame_H": 32, "frame_W": 64, "F_dim": 128, "L_dim": 32, "N_dim": 12, "D_out_dim": 192,
+    "tfr": 1.0, "tfr_sde": 10, "tfr_d_step": 0.1, "ckpt_path": None, "fast_train": False,
+    "fast_partial": 0.4, "fast_train_epoch": 5, "kl_anneal_type": "Cyclical", "kl_anneal_cycle": 10,
+    "kl_anneal_ratio": 1, "tfr_min": 0.0
+}
 ONLY = {"store_visualization": "Trainer", "no_sanity": "Tester", "make_gif": "Tester"}
 
 
 def actions(program):
     """Every flag but --help, and without the forms that switch one off."""
-    return [action for action in PARSERS[program]()._actions
-            if action.dest != "help" and f"--{action.dest}" in action.option_strings]
+    return [
+        action
+        for action in PARSERS[program]()._actions
+        if action.dest != "help" and f"--{action.dest}" in action.option_strings
+    ]
 
 
 ALL = {action.dest: action for program in PARSERS for action in actions(program)}
@@ -60,7 +64,10 @@ REFUSED = {
     "max_minutes": [*NUMBERS, "0", "-1", "1e7"],
     "device": ["", "gpu", "cuda:", "cuda:x", "cpu:1", "CPU"],
     "kl_anneal_type": ["", "Cosine", "Cyclical "],
-    **dict.fromkeys(("output", "objective", "recipe", "optim", "schedule", "tf_coin", "precision", "z"), ["", "none of these", "ADAM"]),
+    **dict.fromkeys(
+        ("output", "objective", "recipe", "optim", "schedule", "tf_coin", "precision", "z"),
+        ["", "none of these", "ADAM"],
+    ),
 }
 
 
@@ -72,7 +79,8 @@ def test_no_flag_is_required_and_every_flag_has_a_help(program):
     assert all(action.help and not action.required for action in parser._actions)
     text = parser.format_help()
     assert all(f"--{action.dest}" in text for action in actions(program))
-    assert "change nothing there" in " ".join(text.split())  # the Tester takes flags of training for compatibility
+    # the Tester takes flags of training for compatibility
+    assert "change nothing there" in " ".join(text.split())
 
 
 def test_every_flag_that_takes_a_value_has_a_checked_range():
@@ -87,13 +95,24 @@ def test_values_out_of_range(dest, capsys):
             with pytest.raises(SystemExit) as stop:
                 build().parse_args([f"--{dest}={value}"])
             stderr = capsys.readouterr().err
-            assert stop.value.code == 2 and stderr.count("\n") == 1 and f"--{dest}" in stderr, (value, stderr)
+            assert stop.value.code == 2 and stderr.count("\n") == 1, (value, stderr)
+            assert f"--{dest}" in stderr, (value, stderr)
             assert stderr.startswith(f"{program}.py: error:")
 
 
-@pytest.mark.parametrize("words, named", [
-    (["--fast_train=1"], "--fast_train"), (["--tfr"], "--tfr"), (["--unknown", "1"], "--unknown"), (["--batch", "2"], "--batch"),
-    (["--lr", "-inf"], "--lr"), (["stray"], "stray"), (["two\nlines"], "two lines"), (["--recipe", "two\nlines"], "--recipe")])
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["--fast_train=1"], "--fast_train"),
+        (["--tfr"], "--tfr"),
+        (["--unknown", "1"], "--unknown"),
+        (["--batch", "2"], "--batch"),
+        (["--lr", "-inf"], "--lr"),
+        (["stray"], "stray"),
+        (["two\nlines"], "two lines"),
+        (["--recipe", "two\nlines"], "--recipe"),
+    ],
+)
 @pytest.mark.parametrize("main", [Trainer.main, Tester.main])
 def test_words_that_are_no_flags(words, named, main, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -102,11 +121,18 @@ def test_words_that_are_no_flags(words, named, main, capsys):
     assert stop.value.code == 2 and stderr.count("\n") == 1 and named in stderr
 
 
-@pytest.mark.parametrize("main, flags, named", [
-    (Trainer.main, [], "--save_root"), (Trainer.main, ["--save_root", "out"], "--DR"), (Tester.main, [], "--ckpt_path"),
-    (Tester.main, ["--DR", "d", "--save_root", "out"], "--ckpt_path"), (Trainer.main, ["--save_root", "out", "--test"], "--ckpt_path"),
-    (Trainer.main, ["--save_root", "out", "--DR", "d", "--device", "cuda:99"], "--device"),
-    (Trainer.main, ["--save_root", "out", "--DR", "d", "--gpu", "2"], "torchrun")])
+@pytest.mark.parametrize(
+    "main, flags, named",
+    [
+        (Trainer.main, [], "--save_root"),
+        (Trainer.main, ["--save_root", "out"], "--DR"),
+        (Tester.main, [], "--ckpt_path"),
+        (Tester.main, ["--DR", "d", "--save_root", "out"], "--ckpt_path"),
+        (Trainer.main, ["--save_root", "out", "--test"], "--ckpt_path"),
+        (Trainer.main, ["--save_root", "out", "--DR", "d", "--device", "cuda:99"], "--device"),
+        (Trainer.main, ["--save_root", "out", "--DR", "d", "--gpu", "2"], "torchrun"),
+    ],
+)
 def test_what_is_missing_is_named(main, flags, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(cli.UserError, match=named):
@@ -114,16 +140,28 @@ def test_what_is_missing_is_named(main, flags, named, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("module, given, expected", [
-    ("Trainer", {}, "2000"), ("Tester", {}, "2000"), ("scripts.benchmark", {}, "2000"),
-    ("dataloader", {"OMP_WAIT_POLICY": "passive"}, "0")])
+@pytest.mark.parametrize(
+    "module, given, expected",
+    [
+        ("Trainer", {}, "2000"),
+        ("Tester", {}, "2000"),
+        ("scripts.benchmark", {}, "2000"),
+        ("dataloader", {"OMP_WAIT_POLICY": "passive"}, "0"),
+    ],
+)
 def test_threads_hardly_spin_for_each_other(module, given, expected):
     """What libgomp itself says at its start: 20 s in place of 1 s a step beside a busy process."""
-    environment = {key: value for key, value in os.environ.items()
-                   if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
     done = subprocess.run(
-        [sys.executable, "-c", f"import {module}"], cwd=ROOT, capture_output=True, text=True,
-        env={**environment, "OMP_DISPLAY_ENV": "verbose", **given}, timeout=90)
+        [sys.executable, "-c", f"import {module}"],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**environment, "OMP_DISPLAY_ENV": "verbose", **given},
+        timeout=90,
+    )
     assert done.returncode == 0, done.stderr
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("this build of PyTorch has another OpenMP than GNU's")
@@ -132,7 +170,7 @@ def test_threads_hardly_spin_for_each_other(module, given, expected):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
 def test_torchrun_does_not_take_the_cpu_for_cuda(tmp_path, monkeypatch):
-    for name, value in dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0").items():
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(cli.UserError, match="--device cuda:0"):
         Trainer.main(["--save_root", str(tmp_path / "out"), "--DR", "d", "--device", "cuda"])
@@ -140,7 +178,9 @@ def test_torchrun_does_not_take_the_cpu_for_cuda(tmp_path, monkeypatch):
 
 
 def test_one_gpu_is_not_for_several_processes(tmp_path, monkeypatch):
-    for name, value in dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2").items():
+    for name, value in {
+        "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(cli.UserError, match="--device cuda:0: can't be shared by 2 processes"):
         Trainer.main(["--save_root", str(tmp_path / "out"), "--DR", "d", "--device", "cuda:0"])
@@ -148,29 +188,35 @@ def test_one_gpu_is_not_for_several_processes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("program", PARSERS)
-def test_a_flag_beats_the_recipe_and_the_recipe_beats_the_template(program):
+def test_a_flag_beats_the_recipe_which_beats_the_template(program):
     parse = PARSERS[program]().parse_args
     pool = options.RECIPES["pool"]
-    assert {name: getattr(parse([]), name) for name in pool} == pool  # the recipe of the recommended command
+    # the recipe of the recommended command
+    assert {name: getattr(parse([]), name) for name in pool} == pool
     template = vars(parse(["--recipe", "template"]))
     assert {name: template[name] for name in TEMPLATE} == TEMPLATE
     for name in pool:  # also where the flag repeats the template's default
         default = ALL[name].default
         words = [f"--{name}"] if default is False else [f"--{name}", str(default)]
         args = parse(words)
-        assert getattr(args, name) == (True if default is False else default) and args.given == [name]
+        assert getattr(args, name) == (True if default is False else default)
+        assert args.given == [name]
 
 
 def test_trainer_and_tester_share_their_flags():
-    own, other = ({action.dest: (action.default, action.help, action.choices) for action in actions(program)} for program in PARSERS)
-    assert {name for name in own.keys() ^ other.keys()} == ONLY.keys()
+    own, other = (
+        {action.dest: (action.default, action.help, action.choices) for action in actions(program)}
+        for program in PARSERS
+    )
+    assert set(own.keys() ^ other.keys()) == ONLY.keys()
     assert all(own[name] == other[name] for name in own.keys() & other.keys())
     assert all(options.RECIPES["pool"].keys() <= flags.keys() for flags in (own, other))
 
 
 def test_a_namespace_without_recipe_trains_the_templates_way():
     args = Trainer.build_parser().fill(argparse.Namespace(lr=0.5))
-    assert args.lr == 0.5 and args.recipe == "template" and args.tfr == 1.0 and args.pool == 0 and args.batch_size == 2
+    assert args.lr == 0.5 and args.recipe == "template" and args.tfr == 1.0 and args.pool == 0
+    assert args.batch_size == 2
 
 
 # ---------------------------------------------------------------- docs/FLAGS.md
@@ -196,6 +242,10 @@ def test_the_page_has_each_flag_once_with_the_defaults_of_both_recipes():
 @pytest.mark.parametrize("script", [Trainer, Tester])
 def test_an_old_pytorch_is_one_line(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.4.1"))
-    assert in_process(script.main, "--DR", tmp_path, "--save_root", tmp_path / "run", "--ckpt_path", tmp_path / "best.ckpt") == 2
+    status = in_process(
+        script.main, "--DR", tmp_path, "--save_root", tmp_path / "run",
+        "--ckpt_path", tmp_path / "best.ckpt"
+    )
+    assert status == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "PyTorch 2.4.1" in err and "2.6" in err
