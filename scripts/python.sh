@@ -1,3 +1,7 @@
-# Sets $python: $PYTHON, else the project's ./.venv/bin/python, else python3. Sourced by the scripts here, which set $root first.
-python=${PYTHON:-$root/.venv/bin/python}
-if [ -z "${PYTHON:-}" ] && [ ! -x "$python" ]; then python=python3; fi
+# Sets $python: $PYTHON, else the project's .venv (bin/, on Windows Scripts/), else python3.
+# Sourced by the scripts here, which set $root first.
+python=${PYTHON:-}
+for own in "$root/.venv/bin/python" "$root/.venv/Scripts/python.exe"; do
+  if [ -z "$python" ] && [ -x "$own" ]; then python=$own; fi
+done
+python=${python:-python3}

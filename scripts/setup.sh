@@ -5,9 +5,10 @@
 #   PYTHON=$(bash scripts/setup.sh requirements.txt)        to run the program
 #   PYTHON=$(bash scripts/setup.sh requirements-dev.txt)    to run the tests
 #
-# Looks at $PYTHON, else ./.venv/bin/python, else python3 (3.10 or newer). One that has everything is used as it is. Otherwise
-# .venv is made on it: where it imports torch and torchvision these are shared, not downloaded again. A second call is instant;
-# a call that finds a half-made .venv makes it again.
+# Looks at $PYTHON, else .venv (bin/python, on Windows Scripts/python.exe), else python3, which
+# must be 3.10 or newer. One that has everything is used as it is. Otherwise .venv is made on it:
+# where it imports torch and torchvision these are shared, not downloaded again. A second call is
+# instant; a call that finds a half-made .venv makes it again.
 set -euo pipefail
 trap 'exit 130' INT
 trap 'exit 143' TERM
@@ -20,6 +21,12 @@ if [ "$wanted" = requirements-dev.txt ]; then packages="$packages pytest xdist m
 
 say() { echo "$*" >&2; }
 die() { say "error: $*"; exit 2; }
+
+# The Python of .venv.
+own() {
+  local windows=$venv/Scripts/python.exe
+  if [ -x "$windows" ]; then echo "$windows"; else echo "$venv/bin/python"; fi
+}
 
 # probe PYTHON PROGRAM ARGUMENTS: quiet, in a folder whose files shadow no package
 probe() { (cd "$root" && "$1" -c "$2" "${@:3}" </dev/null 2>/dev/null); }
@@ -40,7 +47,7 @@ for package in sys.argv[2:]:
     except Exception:
         found = None
     if found is None:
-        print(package)' "$2" $packages
+        print(package, end=" ")  # no newline, which on Windows has a carriage return' "$2" $packages
 }
 complete() { local missing; missing=$(lacking "$1" import) && [ -z "$missing" ]; }
 has_torch() { packages="torch torchvision" complete "$1"; }
@@ -52,7 +59,7 @@ stamped() { [ "$(cat "$venv/installed-$wanted" 2>/dev/null)" = "$(stamp "$wanted
 
 find_python() {
   local name=${PYTHON:-python3}
-  base=$("$name" -c 'import sys; print(sys.executable)' 2>/dev/null) && runs "$base" ||
+  base=$("$name" -c 'import sys; print(sys.executable, end="")' 2>/dev/null) && runs "$base" ||
     die "${PYTHON:+PYTHON=}$name is not Python 3.10 or newer; name one that is with PYTHON=/path/to/python3"
 }
 
@@ -71,10 +78,10 @@ make_venv() {
     PYTHONPATH=$tool "$base" -m virtualenv --quiet ${share[@]+"${share[@]}"} "$venv" >&2 || die "$base: virtualenv could not make $venv"
     rm -rf "$tool"
   fi
-  if [ ${#share[@]} -gt 0 ] && ! has_torch "$venv/bin/python"; then
+  if [ ${#share[@]} -gt 0 ] && ! has_torch "$(own)"; then
     # a venv made on another venv sees only what lies under both: name the other's folder
     probe "$base" 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
-      >"$(probe "$venv/bin/python" 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared_packages.pth"
+      >"$(probe "$(own)" 'import sysconfig; print(sysconfig.get_path("purelib"), end="")')/shared_packages.pth"
   fi
 }
 
@@ -82,9 +89,9 @@ install() {
   local list=$venv/to-install.txt
   cat "$root/requirements.txt" >"$list"
   if [ "$wanted" != requirements.txt ]; then grep -v '^-r' "$root/$wanted" >>"$list"; fi
-  if shares_torch "$venv/bin/python"; then grep -v '^torch' "$list" >"$list.small" && mv "$list.small" "$list"; fi
+  if shares_torch "$(own)"; then grep -v '^torch' "$list" >"$list.small" && mv "$list.small" "$list"; fi
   say "setup: installing into .venv what $wanted asks for"
-  "$venv/bin/python" -m pip install --disable-pip-version-check -r "$list" >&2 || die "pip could not install $wanted into $venv (see above)"
+  "$(own)" -m pip install --disable-pip-version-check -r "$list" >&2 || die "pip could not install $wanted into $venv (see above)"
   rm -f "$list"
 }
 
@@ -103,7 +110,7 @@ if command -v flock >/dev/null && ! flock -n 9; then
 fi
 
 if [ -e "$venv" ] || [ -L "$venv" ]; then
-  if [ -e "$half" ] || ! runs "$venv/bin/python" || ! probe "$venv/bin/python" 'import pip'; then
+  if [ -e "$half" ] || ! runs "$(own)" || ! probe "$(own)" 'import pip'; then
     say "setup: .venv is half-made or its Python is gone; making it again"
     rm -rf "$venv"
   fi
@@ -112,21 +119,21 @@ if [ ! -e "$venv" ]; then
   find_python
   if complete "$base"; then echo "$base"; exit 0; fi
   make_venv
-elif stamped && missing=$(lacking "$venv/bin/python" find) && [ -z "$missing" ]; then
-  echo "$venv/bin/python"
+elif stamped && missing=$(lacking "$(own)" find) && [ -z "$missing" ]; then
+  own
   exit 0
 fi
 
 install
-if ! complete "$venv/bin/python"; then
-  broken=$(lacking "$venv/bin/python" import)
+if ! complete "$(own)"; then
+  broken=$(lacking "$(own)" import)
   say "setup: installed but broken, so once more:" $broken
   # shellcheck disable=SC2086
-  "$venv/bin/python" -m pip uninstall --quiet --yes $broken >&2 || true
+  "$(own)" -m pip uninstall --quiet --yes $broken >&2 || true
   install
-  complete "$venv/bin/python" || die "$venv does not import" $(lacking "$venv/bin/python" import)": remove .venv and call again"
+  complete "$(own)" || die "$venv does not import" $(lacking "$(own)" import)": remove .venv and call again"
 fi
 stamp requirements.txt >"$venv/installed-requirements.txt"
 if [ "$wanted" != requirements.txt ]; then stamp "$wanted" >"$venv/installed-$wanted"; fi
 rm -f "$half"
-echo "$venv/bin/python"
+own

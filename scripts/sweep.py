@@ -340,6 +340,20 @@ def start(name, words, out, jobs):
         )
 
 
+def end(child, at_once):
+    """Ask a run to save and stop; at once: end it with all that it started."""
+    try:
+        if os.name == "nt":  # Ctrl-C reaches every process of a console there, and none has a group
+            if at_once:
+                child.kill()
+        elif at_once:
+            os.killpg(child.pid, signal.SIGKILL)
+        else:
+            child.send_signal(signal.SIGTERM)
+    except ProcessLookupError:
+        pass
+
+
 class Stop:
     """Remembers the signals that ask the sweep to stop: the first lets the runs save, the second
     does not wait.
@@ -380,13 +394,7 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
             if asked == 0 and running:
                 say(f"stopping: {', '.join(running)} will save first; once more to stop at once")
             for child in running.values():
-                try:
-                    if asked == 0:
-                        child.send_signal(signal.SIGTERM)
-                    else:
-                        os.killpg(child.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+                end(child, at_once=asked > 0)
             asked = len(stop.signals)
         time.sleep(POLL)
         for name, child in list(running.items()):

@@ -2,7 +2,7 @@
 
 Then the exit status is 2 and nothing is written.
 
-The table at the end of the first half is the promise of docs/RELIABILITY.md, case by case.
+The table at the end of the first half is a row of docs/GUARANTEES.md, case by case.
 """
 
 import ctypes

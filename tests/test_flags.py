@@ -1,7 +1,4 @@
-"""The flags: help, checked ranges, what beats what, and the README's table of them.
-
-    PYTHONPATH=. python tests/test_flags.py     # prints the table for the README
-"""
+"""The flags: help, checked ranges, what beats what, and docs/FLAGS.md."""
 
 import argparse
 import os
@@ -15,6 +12,7 @@ import torch
 import Tester
 import Trainer
 from conftest import ROOT, in_process
+from scripts import flags_page
 from utils import cli, options
 
 PARSERS = {"Trainer": Trainer.build_parser, "Tester": Tester.build_parser}
@@ -221,34 +219,24 @@ def test_a_namespace_without_recipe_trains_the_templates_way():
     assert args.batch_size == 2
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- docs/FLAGS.md
+
+def test_the_page_of_flags_is_what_its_script_prints(capsys):
+    flags_page.main()
+    page = (ROOT / "docs" / "FLAGS.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == page, "python scripts/flags_page.py > docs/FLAGS.md"
 
 
-def shown(value):
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "" if value is None else str(value)
-
-
-def table():
-    """Return the README's table: flag, template's default, pool recipe's default, meaning."""
-    rows = ["| flag | default | pool | meaning |", "| --- | --- | --- | --- |"]
-    for dest, action in ALL.items():
-        pool = options.RECIPES["pool"].get(dest, action.default)
-        pool = shown(pool) if pool != action.default else ""
-        meaning = action.help + (f" ({ONLY[dest]} only)" if dest in ONLY else "")
-        rows.append(f"| `--{dest}` | {shown(action.default)} | {pool} | {meaning} |")
-    return "\n".join(re.sub(" +", " ", row) for row in rows)
-
-
-def test_the_readme_has_every_flag_once_with_its_defaults():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = [
-        re.sub(" +", " ", line.rstrip()) for line in readme.splitlines() if line.startswith("| `--")
-    ]
-    expected = table().splitlines()[2:]
-    assert len(rows) == len({row.split("`")[1] for row in rows}), "a flag is in the table twice"
-    assert sorted(rows) == sorted(expected), "tests/test_flags.py prints the table"
+def test_the_page_has_each_flag_once_with_the_defaults_of_both_recipes():
+    rows = re.findall(r"^\| `--(\w+)`[^|]*\| (.*?) \| (.*?) \|", flags_page.page(), re.M)
+    assert sorted(name for name, *_ in rows) == sorted(ALL)
+    switches = {"off": "False", "on": "True", "": "None"}
+    template, default = ({row[0]: switches.get(row[i], row[i].strip("*`")) for row in rows}
+                         for i in (1, 2))
+    expected = {**TEMPLATE, "kl_anneal_ratio": 1.0, "recipe": "template"}
+    assert {name: template[name] for name in expected} == {k: str(v) for k, v in expected.items()}
+    expected = {**options.RECIPES["pool"], "tfr_sde": 10, "recipe": "pool", "refresh_norm": "on"}
+    assert {name: default[name] for name in expected} == {k: str(v) for k, v in expected.items()}
 
 
 @pytest.mark.parametrize("script", [Trainer, Tester])
@@ -261,7 +249,3 @@ def test_an_old_pytorch_is_one_line(script, tmp_path, capsys, monkeypatch):
     assert status == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "PyTorch 2.4.1" in err and "2.6" in err
-
-
-if __name__ == "__main__":
-    print(table())

@@ -222,3 +222,40 @@ def test_a_python_that_has_everything_is_used_as_it_is(tmp_path):
                           env={**os.environ, "PYTHON": sys.executable})
     assert done.returncode == 0, done.stderr
     assert done.stdout == sys.executable + "\n" and done.stderr == ""
+
+
+PLACES = ["bin/python", "Scripts/python.exe"]  # of a virtual environment, also on Windows
+
+
+def wrapped_python(tree, place, note):
+    """Put a Python into a tree's .venv that first appends a line to the file `note`."""
+    python = tree / ".venv" / place
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho used >> "{note}"\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_without_PYTHON_a_script_takes_the_virtual_environment(tree, tmp_path, place):
+    wrapped_python(tree, place, tmp_path / "note")
+    done = subprocess.run(["bash", str(tree / "scripts" / "package.sh"), "1", "x"], cwd=tmp_path,
+                          capture_output=True, text=True, env={**os.environ, "PYTHON": ""})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "note").exists() and (tmp_path / "LAB4_1_x.zip").exists()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_setup_takes_a_whole_virtual_environment_of_the_project(tmp_path, place):
+    pytest.importorskip("pip")  # without it setup.sh would make another environment
+    for name in ("scripts/setup.sh", "requirements.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    python = wrapped_python(tmp_path, place, tmp_path / "note")
+    with open(tmp_path / "requirements.txt") as listed:
+        stamp = subprocess.run(["cksum"], stdin=listed, capture_output=True, text=True).stdout
+    (tmp_path / ".venv" / "installed-requirements.txt").write_text(stamp)
+    done = subprocess.run(["bash", str(tmp_path / "scripts" / "setup.sh"), "requirements.txt"],
+                          capture_output=True, text=True, env={**os.environ, "PYTHON": ""})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{python}\n" and done.stderr == ""
