@@ -17,7 +17,7 @@ wanted=${1:-requirements.txt}
 venv=$root/.venv
 half=$venv/half-made  # there from before the first file until everything imports
 packages="torch torchvision numpy pillow imageio matplotlib tqdm"
-if [ "$wanted" = requirements-dev.txt ]; then packages="$packages pytest xdist markdown_it"; fi
+if [ "$wanted" = requirements-dev.txt ]; then packages="$packages pytest xdist markdown_it ruff"; fi
 
 say() { echo "$*" >&2; }
 die() { say "error: $*"; exit 2; }
