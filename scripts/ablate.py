@@ -177,7 +177,8 @@ def build_parser():
         "--seeds", type=number(int, 0), nargs="+", default=[0], help="a run for each seed"
     )
     parser.add_argument(
-        "--csv", type=Path, default=ROOT / "docs" / "ablation_schedules.csv", help="where results are added"
+        "--csv", type=Path, default=ROOT / "docs" / "ablation_schedules.csv",
+        help="where results are added"
     )
     return parser
 

@@ -86,7 +86,8 @@ def test_torchrun_on_the_command_line(tiny_data, tmp_path):
     agent.send_signal(signal.SIGTERM)
     agent.wait(60)
     said = log.read_text()
-    assert said.count("saved; resume with: torchrun --nproc_per_node=2 ") == 1 and "--resume" in said
+    assert said.count("saved; resume with: torchrun --nproc_per_node=2 ") == 1
+    assert "--resume" in said
     assert 'Trainer.py", line' not in said  # torchrun has a traceback of its own; ours has none
     assert len(read_checkpoint(folder / "last.ckpt")["resume"]["ranks"]) == 2
 

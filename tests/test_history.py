@@ -90,7 +90,7 @@ def test_the_history_is_the_mean_over_an_epochs_steps(run):
 
 
 @pytest.mark.parametrize("recipe, words", [("pool", []), ("template", ["--train_vi_len", "4"])])
-def test_with_a_flat_beta_the_loss_is_reconstruction_and_weighed_kl(
+def test_a_flat_betas_loss_is_reconstruction_and_weighed_kl(
     recipe, words, tiny_data, tmp_path
 ):
     assert (
@@ -117,7 +117,7 @@ def test_with_a_flat_beta_the_loss_is_reconstruction_and_weighed_kl(
         assert history["train_reconstruction"] == history["train_mse"]
 
 
-def test_a_long_run_has_rows_of_means_and_a_stop_leaves_no_trace_in_them(
+def test_a_long_runs_rows_are_means_and_a_stop_leaves_no_trace(
     tiny_data, tmp_path, monkeypatch
 ):
     """Five rows for 32 steps in place of 2,000 for more; stopped between two rows, then resumed."""
