@@ -44,10 +44,11 @@ from report_tables import (
     runs_table,
     settings_tables,
     speed_table,
+    split_columns,
     warnings,
     with_settings,
 )
-from run_folders import load_runs, objective  # noqa: E402
+from run_folders import by_objective, load_runs, objective  # noqa: E402
 from utils.cli import Parser, UserError, run  # noqa: E402
 from utils.files import make_folder  # noqa: E402
 
@@ -221,17 +222,18 @@ class Blocks(list):
         if content:
             self.append((kind, content))
 
-    def figure(self, name, caption=None):
-        if name in self.figures:
-            self.add("figure", (name, caption or CAPTIONS[name]))
-        if name in self.left_out:
-            self.add("missing", f"Figure {self.left_out[name]}.")
+    def figure(self, name, caption=None, suffix=""):
+        if name + suffix in self.figures:
+            self.add("figure", (name + suffix, caption or CAPTIONS[name]))
+        if name + suffix in self.left_out:
+            self.add("missing", f"Figure {self.left_out[name + suffix]}.")
 
     def settings(self, runs, flags=None):
         """What these runs set otherwise than the template: first in a section."""
         sentence, rows = against_template(runs, flags)
         self.add("p", sentence)
-        self.add("table", rows)
+        for part in split_columns(rows, keep=2):
+            self.add("table", part)
 
     def code(self, *names):
         found = [source(name) for name in names]
@@ -358,12 +360,14 @@ def add_comparisons(b, s):
     """C.i and C.ii."""
     b.add("h2", "C. Analysis & Discussion (25%)")
     b.add("h3", "C.i Plot Teacher forcing ratio (5%): analysis, and comparison with the loss curve")
-    b.settings(s.tfr)
-    for line in warnings(s.tfr, "tfr", "teacher forcing ratio"):
-        b.add("p", line)
-    b.figure("teacher_forcing")
-    b.figure("teacher_forcing_losses")
-    b.add("table", forcing_table(s.tfr))
+    for suffix, name, runs in by_objective(s.tfr):
+        b.add("p", f"Runs whose reconstruction is {name}:" if suffix else None)
+        b.settings(runs)
+        for line in warnings(runs, "tfr", "teacher forcing ratio"):
+            b.add("p", line)
+        b.figure("teacher_forcing", suffix=suffix)
+        b.figure("teacher_forcing_losses", suffix=suffix)
+        b.add("table", forcing_table(runs))
     b.analysis("C.i")
 
     b.add(
@@ -384,13 +388,15 @@ def add_comparisons(b, s):
             "runs: "
             f"{', '.join(absent)}.",
         )
-    b.settings(s.kl)
-    for line in warnings(s.kl, "beta", "beta"):
-        b.add("p", line)
-    late = " " + LATE_MSE if any(objective(r) == "log-MSE" for r in s.kl) else ""
-    b.figure("loss_curves", CAPTIONS["loss_curves"] + late)
-    b.figure("loss_parts")
-    b.add("table", loss_table(s.kl))
+    for suffix, name, runs in by_objective(s.kl):
+        b.add("p", f"Runs whose reconstruction is {name}:" if suffix else None)
+        b.settings(runs)
+        for line in warnings(runs, "beta", "beta"):
+            b.add("p", line)
+        late = " " + LATE_MSE if name == "log-MSE" else ""
+        b.figure("loss_curves", CAPTIONS["loss_curves"] + late, suffix)
+        b.figure("loss_parts", suffix=suffix)
+        b.add("table", loss_table(runs))
     b.analysis("C.ii")
 
 
@@ -444,7 +450,8 @@ def add_flags(b, s):
     differs, equal = settings_tables(s.all)
     if len(differs) > 1:
         b.add("p", "What differs between the runs:")
-        b.add("table", differs)
+        for part in split_columns(differs, keep=1):
+            b.add("table", part)
     b.add(
         "p",
         "What is equal in all runs:"
@@ -636,9 +643,15 @@ def main():
     if page_path.is_file() and b"data-edited=" in page_path.read_bytes()[:2000]:
         put_aside(page_path)
     write(page_path, page)
-    compared = warnings(sections.kl, "beta", "beta") + warnings(
-        sections.tfr, "tfr", "teacher forcing ratio"
-    )
+    compared = [
+        line
+        for runs, quantity, what in [
+            (sections.kl, "beta", "beta"),
+            (sections.tfr, "tfr", "teacher forcing ratio"),
+        ]
+        for _, _, group in by_objective(runs)
+        for line in warnings(group, quantity, what)
+    ]
     for line in [*left_out.values(), *compared, *(r.problem for r in sections.frames if r.problem)]:
         print(line)
     if analysis and render is None:

@@ -40,6 +40,7 @@ from utils.files import atomic, make_folder  # noqa: E402
 from run_folders import (
     WITHOUT,
     by_epoch,
+    by_objective,
     by_step,
     load_runs,
     objective,
@@ -101,6 +102,12 @@ def label(name):
     """A name that matplotlib prints as it is: no mathtext, no leading underscore (hidden)."""
     name = name if len(name) <= 40 else name[:19] + "\u2026" + name[-20:]
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def fill(name):
+    """A title broken into lines that a narrow panel holds; what is in brackets stays together."""
+    whole = name.replace("beta = 1", "beta\u00a0=\u00a01")
+    return textwrap.fill(whole, 25).replace("\u00a0", " ")
 
 
 def kl_label(run):
@@ -371,7 +378,7 @@ def loss_parts(runs):
             label="its mean over an epoch",
             markevery=max(1, len(x) // 12),
         )
-        ax.set_title(textwrap.fill(kl_label(r), 34))
+        ax.set_title(fill(kl_label(r)))
     if len(totals) and totals.max() > top:
         over = max(
             runs, key=lambda r: max([y[np.isfinite(y)].max(initial=0) for y in finite([r], "loss")])
@@ -427,7 +434,7 @@ def beta_schedules(runs):
     for ax, group in zip(axes.flat, groups):
         draw_steps(ax, group[0], "beta", color=STYLES[runs.index(group[0]) % len(STYLES)][0])
         title = ", ".join(kl_label(r) for r in group)
-        ax.set_title(textwrap.fill(title, 28), fontsize=9.5 if len(group) < 3 else 8)
+        ax.set_title(fill(title), fontsize=9.5 if len(group) < 3 else 8)
     share_axis(axes[0, 0])
     for ax in axes[:, 0]:
         ax.set_ylabel("beta")
@@ -660,6 +667,9 @@ FIGURES = (
 )
 
 
+LOSSES = (loss_curves, loss_parts, teacher_forcing, teacher_forcing_losses)
+
+
 def why_not(name, runs):
     """The reason why a figure can't be drawn; None where it can be."""
     measured = any(summarise(r)["psnr_mean"] is not None for r in runs)
@@ -731,14 +741,19 @@ def write_figure(figure, name, out):
 
 
 def write_figures(runs, out, functions=FIGURES):
-    """Draw and write figures. Return {name: PNG bytes} and {name: what was left out}."""
+    """Draw and write figures. Return {name: PNG bytes} and {name: what was left out}.
+
+    Losses of different objectives have no axis in common: each objective has figures of its own.
+    """
     pictures, left_out = {}, {}
     for function in functions:
-        figure, line = make_figure(function, runs)
-        if line:
-            left_out[function.__name__] = line
-        if figure:
-            pictures[function.__name__] = write_figure(figure, function.__name__, out)
+        for suffix, _, group in by_objective(runs) if function in LOSSES else [("", "", runs)]:
+            name = function.__name__ + suffix
+            figure, line = make_figure(function, group)
+            if line:
+                left_out[name] = line
+            if figure:
+                pictures[name] = write_figure(figure, name, out)
     if psnr_summary in functions:
         write(out / "psnr_summary.csv", summary_csv(runs))
     return pictures, left_out

@@ -74,6 +74,14 @@ def same_values(values):
     )
 
 
+def split_columns(rows, keep, most=5):
+    """A table as several that a page holds: the first `keep` columns and `most` of the others."""
+    if not rows:
+        return []
+    starts = range(keep, len(rows[0]), most)
+    return [[[*row[:keep], *row[start : start + most]] for row in rows] for start in starts]
+
+
 def settings_tables(runs):
     """(rows of what differs between the runs, rows of what is equal), for the full list at the
     end.
@@ -358,7 +366,7 @@ def warnings(runs, quantity, name):
     said = []
     if len(set(lengths.values())) > 1:
         epochs = ", ".join(f"{name} {count}" for name, count in lengths.items())
-        said.append(f"These runs are not equally long (epochs: {epochs}): their ends do not compare.")
+        said.append(f"Runs of unequal length (epochs: {epochs}): their ends do not compare.")
     for i, a in enumerate(runs):
         for b in runs[i + 1 :]:
             if np.abs(curve(a, quantity) - curve(b, quantity)).mean() < COINCIDE:

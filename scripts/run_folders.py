@@ -120,7 +120,8 @@ def read_run(path, name):
         psnr=optional("psnr_per_frame.csv", ("frame", "psnr")),
     )
     own = Path(name).name.lower() in ("none", "without") and without_annealing(run)
-    run.label = name[: -len(Path(name).name)] + WITHOUT if own else name
+    parent = name[: -len(Path(name).name)]
+    run.label = (f"{parent[:-1]}: {WITHOUT}" if parent else WITHOUT) if own else name
     return run
 
 
@@ -148,6 +149,17 @@ def objective(run):
         if np.allclose(h["train_reconstruction"], h["train_mse"], rtol=1e-3, equal_nan=True)
         else "log-MSE"
     )
+
+
+def by_objective(runs):
+    """Groups of runs whose losses can stand on one axis: [(suffix of the figures, name, runs)]."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(objective(run), []).append(run)
+    return [
+        ("_" + name.lower().replace("-", "_") if len(groups) > 1 else "", name, members)
+        for name, members in groups.items()
+    ]
 
 
 def kl_weight(run, epochs):

@@ -175,6 +175,24 @@ def test_total_is_the_sum_of_what_the_panels_show(tmp_path, recipe, weight, name
     assert top == pytest.approx(total.max(), rel=1e-4)
 
 
+def test_losses_of_different_objectives_share_no_axis(tmp_path):
+    folders = [
+        make_run(
+            tmp_path / recipe / kind, kind, epochs=4, frames=5, recipe=recipe, kl_weight=weight
+        )
+        for recipe, weight in (("pool", 1e-4), ("template", 1))
+        for kind in ("Cyclical", "None")
+    ]
+    result = command("plot_runs.py", *folders, "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    for name in ("loss_curves", "loss_parts", "teacher_forcing", "teacher_forcing_losses"):
+        assert not (tmp_path / "out" / f"{name}.png").exists()
+        assert all(
+            (tmp_path / "out" / f"{name}_{kind}.png").exists() for kind in ("mse", "log_mse")
+        )
+    assert (tmp_path / "out" / "val_psnr.png").exists()
+
+
 def test_without_annealing_is_called_so(tmp_path):
     runs = [make_run(tmp_path / kind, kind, epochs=8) for kind in ("Cyclical", "None")]
     for name in ("loss_curves", "loss_parts"):

@@ -161,7 +161,7 @@ def test_runs_of_unequal_length_are_said_to_be(tmp_path):
     long = make_run(tmp_path / "long", "Cyclical", epochs=8, frames=5)
     short = make_run(tmp_path / "short", "Monotonic", epochs=3, frames=5)
     result = command("make_report.py", "--kl", long, short, "-o", tmp_path / "out")
-    assert "not equally long" in result.stdout and "long 8, short 3" in result.stdout
+    assert "unequal length" in result.stdout and "long 8, short 3" in result.stdout
 
 
 def test_runs_that_were_the_same_are_said_to_be(tmp_path):
