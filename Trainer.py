@@ -41,8 +41,8 @@ from utils.hardware import (
 from utils.metrics import check_finite, psnr, warn_of_logits
 from utils.muon import Muon
 from utils.schedules import (
-    beta_at, data_share, in_continuous_stage as in_stage, kl_annealing, schedule_epoch,
-    share_done, teacher_forcing_ratio)
+    beta_at, data_share, in_continuous_stage, kl_annealing, schedule_epoch, share_done,
+    teacher_forcing_ratio)
 from utils.training_state import TrainingState, capture, load_member, take_settings
 
 CLIP_NORM = 1.0     # gradient norm, the template's
@@ -153,7 +153,7 @@ class VAE_Model(nn.Module):
 
     @cached_property
     def optim(self):
-        """The optimizer."""
+        """The optimizer: fused, so that on a GPU it skips a step that is not finite by itself."""
         kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "Muon": Muon}[self.args.optim]
         fused = self.device.type in ("cuda", "cpu")
         return kind(self.parameters(), lr=self.args.lr, fused=fused)
@@ -199,15 +199,15 @@ class VAE_Model(nn.Module):
         session.evaluate_until_trained(self)
         return incompatible
 
-    # ------------------------------------------------------------ a training step: figure 2 (a)
+    # --------------------------------------- a training step: the assignment's figure 2 (a)
 
     def forward(self, img, label, adapt_TeacherForcing=False):
         """Predict frames 1 to T - 1 of a batch of windows, frame t from frame t - 1.
 
-        img, label: (B, T, 3, H, W), float32 in [0, 1]. adapt_TeacherForcing: True or False for the
-        whole window, or bool (T,): whether frame t is predicted from the true frame t - 1 (t = 1
-        always is). Returns (loss, mse, kl, generated): means over the predicted frames, kl in nats,
-        and frame T - 1 as generated (B, 3, H, W). `losses` holds every term by name.
+        img, label: (B, T, 3, H, W) in [0, 1]; frame 0 is true or, in the pool recipe (T = 2), a
+        rollout's. adapt_TeacherForcing: a bool, or bool (T,): whether frame t is predicted from
+        frame t - 1 of img (t = 1 always is), else from the generated one. Returns (loss, mse, kl,
+        frame T - 1 generated (B, 3, H, W)), means over frames; `losses` holds every term by name.
         """
         batch, length = img.shape[:2]
         teacher_forced = torch.as_tensor(adapt_TeacherForcing).expand(length).tolist()
@@ -221,7 +221,7 @@ class VAE_Model(nn.Module):
         z, mu, logvar = apply(self.Gaussian_Predictor, join(feature[1:]), pose)
         pose, z = (dict(enumerate(x.split(batch), 1)) for x in (pose, z))  # by t
 
-        # predict from true frames, all at once, and then from generated frames, one after the other
+        # predict from given frames (of img), all at once, and then from generated frames, in order
         forced = [t for t in range(1, length) if t == 1 or teacher_forced[t]]
         previous = join([feature[t - 1] for t in forced])
         frames = apply(self.decode, previous, *(join([x[t] for t in forced]) for x in (pose, z)))
@@ -237,8 +237,8 @@ class VAE_Model(nn.Module):
     def loss_terms(self, frames, truth, mu, logvar):
         """Return the loss, reconstruction + beta * kl_weight * kl, and its terms by name.
 
-        frames, truth: (N, 3, H, W); mu, logvar: (N, N_dim, H, W). Every term is logged: a further
-        one is added to `loss` and to the dict here, and to the columns in utils/files.py.
+        frames, truth: (N, 3, H, W); mu, logvar: (N, N_dim, H, W). To log a further term x, add it
+        to `loss` and the dict here, and "x" to STEPS and "train_x" to HISTORY in utils/files.py.
         """
         mse = getattr(self, "mse_criterion", F.mse_loss)(frames, truth)
         kl = kl_criterion(mu, logvar, len(mu))
@@ -256,10 +256,7 @@ class VAE_Model(nn.Module):
         return OUTPUTS[self.args.output](self.Generator(self.Decoder_Fusion(previous, pose, z)))
 
     def training_one_step(self, img, label, adapt_TeacherForcing):
-        """Learn from a batch as of `forward`: losses, backward, step, log. Returns the loss.
-
-        A loss or gradient that is not finite changes nothing.
-        """
+        """Learn from a batch as of `forward`: losses, backward, step, log. Returns the loss."""
         session.train_again(self)
         self.optim.zero_grad(set_to_none=True)
         statistics = [buffer.clone() for buffer in self.buffers()]  # BatchNorm's
@@ -268,7 +265,8 @@ class VAE_Model(nn.Module):
             # not self(...): a subclass in the template's way overrides forward
             forward = self.session.parallel or partial(VAE_Model.forward, self)
             loss, _, _, self.generated = forward(img, label, adapt_TeacherForcing)
-        # a loss may overflow where its gradient does not; NaN tells every rank without a wait
+        # what is not finite changes nothing; a loss may overflow where its gradient does not, and
+        # NaN tells every rank without a wait
         valid = torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss)
         self.scaler.scale(loss).backward(valid)
         finite = self.optimizer_step()
@@ -285,7 +283,7 @@ class VAE_Model(nn.Module):
         update_average(self)
         return finite
 
-    # ------------------------------------------------------------ the rollout: figure 2 (b)
+    # --------------------------------------- the rollout: the assignment's figure 2 (b)
 
     def rollout(self, first, label, on_block=None):
         """Generate sequences from their first frames and poses; validation and testing share it.
@@ -359,18 +357,17 @@ class VAE_Model(nn.Module):
 
         Returns (loss, T - 1 PSNRs in dB), means over the batch.
         """
-        squared = []
+        psnrs, truth = [], img[:, 1:].cpu()
 
-        def look(done, frames):
-            truth = img[:, 1 + done - frames.shape[1]:1 + done].cpu()
-            squared.append((frames - truth).square().mean((2, 3, 4)))
-            so_far = psnr(torch.cat(squared, 1)).mean()
+        def look(done, frames):  # frame by frame, (B, t, 3, H, W)
+            pairs = zip(frames.unbind(1), truth[:, done - frames.shape[1]:done].unbind(1))
+            psnrs.extend(torch.stack([*map(Generate_PSNR, *pair)]).mean() for pair in pairs)
+            so_far = torch.stack(psnrs).mean()
             self.tqdm_bar("val", self.session.bar, so_far, advance=frames.shape[1])
             self.session.stop.check(alone=True)
 
         self.predicted = self.rollout(img[:, 0], label, look)  # (B, T - 1, 3, H, W), for figures
-        squared = torch.cat(squared, 1)
-        return squared.mean(), psnr(squared).mean(0).tolist()
+        return F.mse_loss(self.predicted, truth), torch.stack(psnrs).tolist()
 
     def eval(self):
         """Run one validation rollout. Returns the mean PSNR in dB; makes save_root.
@@ -419,16 +416,16 @@ class VAE_Model(nn.Module):
                 yield img, label, self.sample_teacher_forcing(args.train_vi_len)
             return
         for _ in range(skip, self.steps_in(self.current_epoch)):
-            in_window = self.sample_teacher_forcing(args.train_vi_len)
-            restarts = self.sample_teacher_forcing(args.batch_size, of_rollouts=True)
-            window = pool.draw(args.batch_size, args.train_vi_len, args.next_share, restarts)
-            yield *window, in_window
+            frames = self.sample_teacher_forcing(args.train_vi_len)
+            rollouts = self.sample_teacher_forcing(args.batch_size, of_rollouts=True)
+            window = pool.draw(args.batch_size, args.train_vi_len, args.next_share, rollouts)
+            yield *window, frames
 
     def sample_teacher_forcing(self, count, of_rollouts=False):
-        """Draw Bernoulli samples with probability `tfr`, bool (count,): an epoch, a batch, or each.
+        """Draw `count` bools, True with probability `tfr`: one draw an epoch, a batch, or each.
 
-        of_rollouts: a sample is a rollout of the pool; else a frame of a window, whose first two do
-        not count in tf_share: frame 0 is given, and frame 1 has a given previous frame.
+        of_rollouts: a sample restarts a rollout of the pool; else it forces a frame of a window. A
+        window's first two never count: frame 1 is predicted from frame 0, given (T = 2: no choice).
         """
         self.teacher_forcing_ratio_update()
         state, coin = self.state, self.args.tf_coin
@@ -453,8 +450,8 @@ class VAE_Model(nn.Module):
         return max(1, frames // (args.batch_size * (args.train_vi_len - 1) * world))
 
     def beta(self):
-        """Return beta in [0, 1] of the next step; the KL term's weight is beta * kl_weight."""
-        if in_stage(self):
+        """Return beta in [0, 1] of the next step: by the share done or, template, by the epoch."""
+        if in_continuous_stage(self):
             return beta_at(self.kl_annealing.args, schedule_epoch(self))
         return self.kl_annealing.get_beta()
 
@@ -521,7 +518,7 @@ class VAE_Model(nn.Module):
         state.next_epoch()
         self.kl_annealing.update()
         self.teacher_forcing_ratio_update()
-        self.scheduler.step()
+        self.scheduler.step()  # the rate of the new epoch; how often this is called does not matter
         session.agree(self)
         if self.session.budget and self.session.budget.over():
             state.num_epoch = state.epoch
@@ -533,7 +530,7 @@ class VAE_Model(nn.Module):
     # ------------------------------------------------------------ checkpoints
 
     def checkpoint(self):
-        """Return the whole run as one dict of plain types and tensors."""
+        """Return the run, plain types and tensors; `resume`: TrainingState, random states, ..."""
         with validated_weights(self):
             weights = network_state(self)
         saved, args = capture(self), vars(self.args)
