@@ -122,15 +122,15 @@ def style(index, count=0, runs=1):
     step = max(1, count // 12)
     # where every point is marked, equal ones lie in rings
     size = 4.5 if step > 1 else 4.5 + 1.6 * min(3, max(0, runs - 1 - index))
-    return dict(
-        color=colour,
-        linestyle=dashes,
-        marker=marker,
-        markersize=size,
-        markeredgecolor=colour,
-        markerfacecolor="white" if index >= len(STYLES) else colour,
-        markevery=(index * step // max(1, runs) % step, step),
-    )
+    return {
+        "color": colour,
+        "linestyle": dashes,
+        "marker": marker,
+        "markersize": size,
+        "markeredgecolor": colour,
+        "markerfacecolor": "white" if index >= len(STYLES) else colour,
+        "markevery": (index * step // max(1, runs) % step, step),
+    }
 
 
 def draw(ax, x, y, **options):

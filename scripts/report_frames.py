@@ -162,9 +162,10 @@ def lay_out(runs):
         columns = max(
             1, min(math.ceil(math.sqrt(ticks)), 16000 // width)
         )  # WebP ends at 16383 pixels
-        layout = dict(
-            width=width, height=height, columns=columns, ticks=ticks, first=r.first, sheets=[]
-        )
+        layout = {
+            "width": width, "height": height, "columns": columns, "ticks": ticks,
+            "first": r.first, "sheets": [],
+        }
         for part in range(3):
             sheet = np.zeros((math.ceil(ticks / columns) * height, columns * width, 3), np.uint8)
             for t in range(ticks):
@@ -216,4 +217,4 @@ def player_data(runs, layouts, sheets):
             entries.append(
                 dict(layouts[r.name], name=r.label, psnr=psnr, colour=STYLES[i % len(STYLES)][0])
             )
-    return dict(tick=TICK, scale=SCALE, sheets=sheets, runs=entries)
+    return {"tick": TICK, "scale": SCALE, "sheets": sheets, "runs": entries}

@@ -1,4 +1,4 @@
-"""scripts/make_report.py through its command line; the page in a headless Chromium where there is one."""
+"""scripts/make_report.py by its command line; the page in headless Chromium where there is one."""
 
 import base64
 import io
@@ -288,7 +288,7 @@ def test_user_errors_are_one_line_and_write_nothing(tmp_path):
 
 @contextmanager
 def browser(folder, url):
-    """A page in headless Chromium, through chromedriver's plain HTTP: gives call(method, path, body)."""
+    """A page in headless Chromium, by chromedriver's plain HTTP: call(method, path, body)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -317,7 +317,8 @@ def browser(folder, url):
             except OSError:
                 time.sleep(0.1)
         flags = (
-            "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+            "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+            "--disable-background-networking "
             "--disable-component-update --disable-sync --window-size=1100,1000"
         ).split()
         options = {"binary": CHROMIUM, "args": [*flags, f"--user-data-dir={folder / 'profile'}"]}
@@ -337,10 +338,14 @@ def browser(folder, url):
 
 LOOK = """
 const canvas = document.querySelectorAll('#player canvas');
-const cursor = document.getElementById('cursor'), box = document.getElementById('plot').getBoundingClientRect();
-return {frame: +document.getElementById('frame').value, said: document.getElementById('where').textContent,
-        cursor: +cursor.getAttribute('x1'), readouts: [...document.querySelectorAll('#player output')].map(o => o.textContent),
-        pictures: [...canvas].map(c => c.toDataURL()), box: [box.left, box.top, box.width, box.height],
+const cursor = document.getElementById('cursor');
+const box = document.getElementById('plot').getBoundingClientRect();
+return {frame: +document.getElementById('frame').value,
+        said: document.getElementById('where').textContent,
+        cursor: +cursor.getAttribute('x1'),
+        readouts: [...document.querySelectorAll('#player output')].map(o => o.textContent),
+        pictures: [...canvas].map(c => c.toDataURL()),
+        box: [box.left, box.top, box.width, box.height],
         wide: +document.getElementById('plot').getAttribute('viewBox').split(' ')[2]};
 """
 
@@ -396,7 +401,8 @@ def test_slider_arrows_and_plot_move_frame_and_cursor_together(report, tmp_path)
         left, right, home = "\ue012", "\ue014", "\ue011"
         expect(1)
         script(
-            "const s = document.getElementById('frame'); s.value = 30; s.dispatchEvent(new Event('input'))"
+            "const s = document.getElementById('frame'); s.value = 30; "
+            "s.dispatchEvent(new Event('input'))"
         )
         expect(30)
         keys(right, right)  # the page has the keyboard
@@ -462,7 +468,8 @@ def test_slider_arrows_and_plot_move_frame_and_cursor_together(report, tmp_path)
         )
         assert (
             script(
-                "return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length"
+                "return performance.getEntriesByType('resource')"
+                ".filter(e => !e.name.startsWith('data:')).length"
             )
             == 0
         )
@@ -480,7 +487,8 @@ const page = document.documentElement, rect = e => e.getBoundingClientRect();
 const plot = rect(document.getElementById('plot'));
 const outside = [...document.querySelectorAll('#plot text')].filter(t => {
   const box = rect(t);
-  return box.left < plot.left || box.right > plot.right || box.bottom > plot.bottom || box.top < plot.top;
+  return box.left < plot.left || box.right > plot.right
+      || box.bottom > plot.bottom || box.top < plot.top;
 }).map(t => t.textContent);
 const over = [...document.querySelectorAll('main *')].filter(e =>
   e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0

@@ -1,7 +1,9 @@
-"""scripts/sweep_kl.sh and sweep_tfr.sh: order, skipping, going on, failing and stopping, with a Trainer.py that only pretends.
+"""scripts/sweep_kl.sh and sweep_tfr.sh: order, skipping, resuming, failing and stopping.
 
-The pretender trains an epoch in a moment, saves on SIGTERM and goes on with --resume, as the real one does. One short sweep
-at the end runs the real one.
+A Trainer.py that only pretends takes the place of the real one.
+
+It trains an epoch in a moment, saves on SIGTERM and resumes, as the real one does. One short
+sweep at the end runs the real one.
 """
 
 import argparse
@@ -42,23 +44,27 @@ if __name__ == "__main__":
     args = build_parser().parse_args()
     root = Path(args.save_root)
     history = root / "history.csv"
-    rows = history.read_text().splitlines() if args.resume and history.exists() else ["{",".join(HISTORY)}"]
+    rows = ["{",".join(HISTORY)}"]
+    if args.resume and history.exists():
+        rows = history.read_text().splitlines()
     with open(os.environ["STARTS"], "a") as starts:
-        print(root.name, "epoch", len(rows) - 1, *sys.argv[1:], "OMP=" + os.environ.get("OMP_NUM_THREADS", ""), file=starts)
+        threads = "OMP=" + os.environ.get("OMP_NUM_THREADS", "")
+        print(root.name, "epoch", len(rows) - 1, *sys.argv[1:], threads, file=starts)
     if root.name == os.environ.get("FAILS"):
         sys.exit("no luck")
     for e in range(len(rows) - 1, args.num_epoch):
         time.sleep(float(os.environ.get("PACE", 0)))
         tfr = max(0, args.tfr - args.tfr_d_step * max(0, e - args.tfr_sde + 1))
         beta = beta_at(args, e)
-        rows.append(f"{{e}},0.001,{{tfr}},{{tfr}},{{beta}},1,{{0.1 + 5 * beta}},0.1,0.1,5,0.01,20,18,19,0,1,100")
+        loss = 0.1 + 5 * beta
+        rows.append(f"{{e}},0.001,{{tfr}},{{tfr}},{{beta}},1,{{loss}},0.1,0.1,5,0.01,20,18,19,0,1,100")
         history.write_text("\\n".join(rows) + "\\n")
 '''
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A copy of the scripts beside a Trainer.py that pretends, a data folder, and a place for what was started."""
+    """A copy of the scripts beside a Trainer.py that pretends, and a data folder."""
     tree = tmp_path / "a project"
     shutil.copytree(
         ROOT / "scripts", tree / "scripts", ignore=shutil.ignore_patterns("__pycache__")
@@ -176,18 +182,18 @@ def test_tfr_sweep_shows_its_decays_in_short_runs_too(project, epochs):
 def settings(**flags):
     return argparse.Namespace(
         **{
-            **dict(
-                recipe="pool",
-                num_epoch=20,
-                kl_anneal_type="Cyclical",
-                kl_anneal_cycle=4,
-                kl_anneal_ratio=0.5,
-                tfr=1,
-                tfr_sde=10,
-                tfr_d_step=0.1,
-                tfr_min=0.035,
-                max_minutes=None,
-            ),
+            **{
+                "recipe": "pool",
+                "num_epoch": 20,
+                "kl_anneal_type": "Cyclical",
+                "kl_anneal_cycle": 4,
+                "kl_anneal_ratio": 0.5,
+                "tfr": 1,
+                "tfr_sde": 10,
+                "tfr_d_step": 0.1,
+                "tfr_min": 0.035,
+                "max_minutes": None,
+            },
             **flags,
         }
     )
@@ -382,7 +388,8 @@ def test_the_real_trainer_in_a_short_sweep(tmp_path):
     )
     assert demo.returncode == 0, demo.stderr
     small = (
-        "--num_epoch 4 --val_vi_len 12 --train_vi_len 4 --F_dim 8 --L_dim 2 --N_dim 4 --D_out_dim 8 --frame_H 8 --frame_W 16 "
+        "--num_epoch 4 --val_vi_len 12 --train_vi_len 4 --F_dim 8 --L_dim 2 --N_dim 4 "
+        "--D_out_dim 8 --frame_H 8 --frame_W 16 "
         "--num_workers 0 --device cpu --recipe template"
     ).split()
     result = subprocess.run(
