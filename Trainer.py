@@ -132,9 +132,10 @@ class VAE_Model(nn.Module):
 
     @cached_property
     def state(self):
-        """The TrainingState."""
-        sampler = torch.Generator().manual_seed(self.args.seed)
-        return TrainingState(num_epoch=self.args.num_epoch, sampler=sampler)
+        """The TrainingState; third-party classes may set current_epoch in it before args."""
+        args = self.__dict__.get("_args") or build_parser().parse_args([])
+        sampler = torch.Generator().manual_seed(args.seed)
+        return TrainingState(num_epoch=args.num_epoch, sampler=sampler)
 
     @cached_property
     def session(self):
@@ -270,6 +271,7 @@ class VAE_Model(nn.Module):
         valid = torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss)
         self.scaler.scale(loss).backward(valid)
         finite = self.optimizer_step()
+        self.losses = {name: term.detach() for name, term in self.losses.items()}  # without graph
         with torch.no_grad():
             for buffer, before in zip(self.buffers(), statistics):
                 buffer.copy_(torch.where(finite, buffer, before))
@@ -628,6 +630,7 @@ def main(argv=None):
     options.require(args, "DR")
     distributed.start(args, command)
     model = VAE_Model(args)
+    assert model.precision  # all ranks pick it together; rank 0 alone may test
     model.session.began, model.session.command = began, command
     model.load_checkpoint()
     if args.resume and not last.exists():

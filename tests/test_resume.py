@@ -230,3 +230,9 @@ def test_every_random_state_is_in_the_checkpoint(tiny_run):
     assert rank["pool"]["frames"].shape == (64, 3, 16, 32)
     trained = load(tiny_run / "last.ckpt")["train_state_dict"]
     assert resume["state"]["average"].keys() < trained.keys()
+
+
+def test_a_resume_without_the_pool_trains_on(tiny_data, tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    assert train(tiny_data, folder, "--resume", "--num_epoch", 3, "--pool", 0) == 0
+    assert len(rows(folder / "history.csv")) == 3

@@ -851,3 +851,14 @@ def test_a_tester_that_inherits_from_ours(template, tiny_data, tmp_path):
     assert (tmp_path / "out" / "submission.csv").exists()
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
+
+
+def test_an_epoch_may_be_set_before_the_flags():
+    class EpochFirst(Trainer.VAE_Model):
+        def __init__(self, args):
+            super(Trainer.VAE_Model, self).__init__()
+            self.current_epoch = 3
+            self.args = args
+
+    model = EpochFirst(bare())
+    assert model.current_epoch == 3 and model.state.num_epoch == model.args.num_epoch

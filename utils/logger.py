@@ -203,7 +203,9 @@ class RunningMeans:
         numbers.
         """
         self.terms = list(terms)
-        self.figures = figures.clone() if self.figures is None else self.figures + figures
+        # after a resume they are on the CPU
+        before = 0 if self.figures is None else self.figures.to(figures)
+        self.figures = before + figures
         for name, value in {**settings, "steps": 1}.items():
             self.settings[name] = self.settings.get(name, 0) + value
 

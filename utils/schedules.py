@@ -85,7 +85,7 @@ def share_done(model):
     budget, total = model.session.budget, model.session.total_steps
     if budget and budget.fitted:
         return budget.share()
-    return model.state.steps_done / total if total else 0.0
+    return min(1.0, model.state.steps_done / total) if total else 0.0
 
 
 def schedule_epoch(model):

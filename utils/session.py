@@ -43,6 +43,7 @@ class Session:
     first_step: tuple = (0, 0.0)                  # steps done at the first step, and its time
     saved: dict | None = None                     # a checkpoint's state, until training resumes
     version: tuple | None = None                  # `file_version` of that checkpoint
+    share: float | None = None                    # done of the run that is resumed
     lr: float | None = None                       # --lr of the command
     evaluates: bool = False                       # in evaluation mode until the next training step
     logits_said: bool = False                     # whether `warn_of_logits` has printed its line
@@ -78,6 +79,7 @@ def guarded(model):
             raise
         finally:
             session.parallel = None  # it refers to the process group, whose end must come first
+            session.budget = session.total_steps = session.share = None
             session.began = None     # another stage in this process has minutes of its own
 
 
@@ -95,6 +97,7 @@ def prepare(model):
     # resumed from an earlier checkpoint, the run's best one must not be lost
     latest = session.saved and is_latest_in(args.save_root, args.ckpt_path)
     resumes_here = state.steps_done or latest
+    state.num_epoch = args.num_epoch  # a script may have changed it; `resume` sets that of a run
     count_steps(model)
     set_learning_rate(model)
     parallelize(model)
@@ -212,6 +215,8 @@ def resume(model):
         say(f"{distributed.world()} process(es), the checkpoint's run had {len(saved['ranks'])}: "
             f"not bitwise identical")
     num_epoch, train_frames = epochs_to_train(model), state.train_frames
+    # time, not steps, may have set the share of a run with the same epochs
+    session.share = saved["state"]["share_done"] if saved["num_epoch"] == args.num_epoch else None
     keep_precision(model, saved)
     restore_checkpoint(model, saved, args.ckpt_path)
     if state.train_frames != train_frames:

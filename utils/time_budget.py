@@ -51,8 +51,9 @@ def fit(model):
     restore(model, saved)
 
     now = broadcast(time.monotonic(), model.device)  # one clock for all ranks
+    share = share_done(model) if session.share is None else session.share
     end = broadcast(session.began + 60 * args.max_minutes, model.device)
-    budget = TimeBudget(end, now, validation, share_done(model))
+    budget = TimeBudget(end, now, validation, share)
     left, epoch = budget.deadline - now, state.epoch
     while epoch < state.num_epoch:
         left -= model.steps_in(epoch) * step + (validation if epoch > state.epoch else 0)

@@ -115,6 +115,8 @@ def restore(model, saved):
     # None for a rank that the run did not have
     of_this_rank = dict(enumerate(saved["ranks"])).get(distributed.rank())
     own = {name: of_this_rank[name] for name in OF_EACH_RANK} if of_this_rank else {}
+    if state.pool is None:  # this command's --pool 0 holds
+        own.pop("pool", None)
     for name, value in {**found, **own}.items():
         setattr(state, name, unpacked(getattr(state, name), value, device))
     model.kl_annealing.current_epoch = state.epoch
