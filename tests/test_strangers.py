@@ -861,4 +861,4 @@ def test_an_epoch_may_be_set_before_the_flags():
             self.args = args
 
     model = EpochFirst(bare())
-    assert model.current_epoch == 3 and model.state.num_epoch == model.args.num_epoch
+    assert model.current_epoch == 3 and model.tfr == 1.0
