@@ -5,13 +5,14 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
-import torch
 
 import dataloader
 import Trainer
-from conftest import TINY, in_process, run_cli
+from conftest import ROOT, TINY, in_process, run_cli
 
 LOADERS = ["--recipe", "template", "--train_vi_len", "4", "--batch_size", "2", "--no_cache",
            "--num_workers", "2"]
@@ -65,17 +66,29 @@ def test_no_more_processes(tiny_data, tmp_path, monkeypatch, capsys):
     assert "error: --num_workers" in capsys.readouterr().err
 
 
+ENDS_ITS_LOADERS = """
+import multiprocessing, sys
+import dataloader, torch
+
+dataset = dataloader.Dataset_Dance(sys.argv[1], dataloader.frame_transform(4, 8), "train", 4)
+batches = iter(dataloader.ImageLoader(dataset, 1, num_workers=2))
+assert next(batches)[0].shape == (1, 4, 3, 4, 8)
+workers = multiprocessing.active_children()
+assert workers
+for worker in workers:
+    worker.terminate()
+assert torch.is_tensor(next(batches)[0])  # the batches that are under way still come
+for worker in workers:
+    worker.join(20)
+    assert worker.exitcode == 0  # not killed, which PyTorch would report in the parent
+"""
+
+
 def test_a_process_ends_its_loaders(tiny_data):
-    """Also where nobody closed the loader: that is what multiprocessing does at exit."""
-    dataset = dataloader.Dataset_Dance(tiny_data, dataloader.frame_transform(4, 8), "train", 4)
-    before = set(multiprocessing.active_children())
-    batches = iter(dataloader.ImageLoader(dataset, 1, num_workers=2))
-    assert next(batches)[0].shape == (1, 4, 3, 4, 8)
-    workers = set(multiprocessing.active_children()) - before
-    assert workers
-    for worker in workers:
-        worker.terminate()
-    assert torch.is_tensor(next(batches)[0])  # the batches that are under way still come
-    for worker in workers:
-        worker.join(20)
-        assert worker.exitcode == 0  # not killed, which PyTorch would report in the parent
+    """Also where nobody closed the loader: that is what multiprocessing does at exit.
+
+    In a process of its own: a test runner's has threads, and a fork may inherit their locks.
+    """
+    command = [sys.executable, "-c", ENDS_ITS_LOADERS, str(tiny_data)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
