@@ -41,8 +41,8 @@ from utils.hardware import (
 from utils.metrics import check_finite, psnr, warn_of_logits
 from utils.muon import Muon
 from utils.schedules import (
-    beta_at, data_share, in_continuous_stage, kl_annealing, schedule_epoch, share_done,
-    teacher_forcing_ratio)
+    beta_at, data_share, in_continuous_stage, kl_annealing, next_learning_rate_factor,
+    schedule_epoch, share_done, teacher_forcing_ratio)
 from utils.training_state import TrainingState, capture, load_member, take_settings
 
 CLIP_NORM = 1.0     # gradient norm, the template's
@@ -162,7 +162,7 @@ class VAE_Model(nn.Module):
     @cached_property
     def scheduler(self):
         """The learning rate's schedule."""
-        factor = partial(session.learning_rate_factor, self)
+        factor = partial(next_learning_rate_factor, self)
         return torch.optim.lr_scheduler.LambdaLR(self.optim, factor)
 
     @cached_property
@@ -470,10 +470,10 @@ class VAE_Model(nn.Module):
         can't be used, a save_root that another run holds, and losses that stay non-finite.
         """
         self.session.began = self.session.began or time.monotonic()
+        if self.args.tensorboard:  # without the package no minutes are spent on decoding
+            figures.tensorboard_writer()
         with cli.catching_signals(cli.stop):
             dataloader.open_training_data(self)
-        if self.args.tensorboard:
-            figures.tensorboard_writer()
         make_folder(self.args.save_root)
         begin_average(self)
         with session.guarded(self):

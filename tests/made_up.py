@@ -8,7 +8,7 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from utils.logger import HISTORY, STEPS
+from utils.files import HISTORY, STEPS
 from utils.schedules import beta_at, teacher_forcing_ratio
 
 PER_EPOCH = 6  # rows of steps.csv an epoch

@@ -443,20 +443,8 @@ def test_what_is_no_checkpoint_of_ours(case, template, tmp_path, capfd, tiny_dat
     path = tmp_path / "bad.ckpt"
     REFUSED[case](path, template)
     for main in (Trainer.main, Tester.main):
-        assert (
-            in_process(
-                main,
-                "--DR",
-                tiny_data,
-                "--save_root",
-                tmp_path / "out",
-                "--ckpt_path",
-                path,
-                "--device",
-                "cpu",
-            )
-            == 2
-        )
+        words = "--DR", tiny_data, "--save_root", tmp_path / "out", "--ckpt_path", path
+        assert in_process(main, *words, "--device", "cpu") == 2
         stderr = capfd.readouterr().err
         assert stderr.count("\n") == 1 and "bad.ckpt" in stderr and "Traceback" not in stderr, (
             stderr
@@ -466,20 +454,9 @@ def test_what_is_no_checkpoint_of_ours(case, template, tmp_path, capfd, tiny_dat
 
 @pytest.mark.parametrize("main", [Trainer.main, Tester.main])
 def test_other_sizes_than_asked_for(main, tiny_data, tiny_run, tmp_path, capfd):
-    assert (
-        in_process(
-            main,
-            "--DR",
-            tiny_data,
-            "--save_root",
-            tmp_path / "out",
-            "--ckpt_path",
-            tiny_run / "best.ckpt",
-            "--F_dim",
-            32,
-        )
-        == 2
-    )
+    best = tiny_run / "best.ckpt"
+    words = "--DR", tiny_data, "--save_root", tmp_path / "out", "--ckpt_path", best
+    assert in_process(main, *words, "--F_dim", 32) == 2
     stderr = capfd.readouterr().err
     assert (
         stderr.count("\n") == 1

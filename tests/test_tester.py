@@ -20,6 +20,12 @@ SEQUENCES, FRAMES, H, W = 5, 20, 16, 32
 CPU = ["--device", "cpu", "--precision", "fp32"]
 
 
+def roll_out(checkpoint, out, *flags):
+    """The exit status of Tester.py on a checkpoint, with its output in `out`."""
+    words = "--ckpt_path", checkpoint, "--save_root", out, *CPU, *flags
+    return in_process(Tester.main, *words)
+
+
 @pytest.fixture(scope="module")
 def tested(tiny_data, tiny_run, tmp_path_factory):
     """The assignment's form of the command, with the GIFs of the poses too."""
@@ -154,12 +160,7 @@ def test_gifs(tested):
 def test_a_still_gif_lasts_as_long(changed, tiny_data, tmp_path):
     """A generator that always draws the same: Pillow merges equal neighbours."""
     path = changed("Generator.7.weight", 0.0)
-    assert (
-        in_process(
-            Tester.main, "--ckpt_path", path, "--save_root", tmp_path / "out", "--no_sanity", *CPU
-        )
-        == 0
-    )
+    assert roll_out(path, tmp_path / "out", "--no_sanity") == 0
     with Image.open(tmp_path / "out" / "pred_seq0.gif") as gif:
         assert gif.n_frames < FRAMES
     assert milliseconds(tmp_path / "out" / "pred_seq0.gif", (W, H)) == FRAMES * 20
@@ -298,12 +299,7 @@ def test_another_number_of_sequences(tiny_data, tiny_run, tmp_path, tested):
     ],
 )
 def test_a_rollout_that_is_not_finite_writes_nothing(key, value, changed, tmp_path, capfd):
-    assert (
-        in_process(
-            Tester.main, "--ckpt_path", changed(key, value), "--save_root", tmp_path / "out", *CPU
-        )
-        == 2
-    )
+    assert roll_out(changed(key, value), tmp_path / "out") == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "|" not in line]
     assert line.startswith("error: ") and "sequence 0" in line and "frame 1 " in line
     assert not (tmp_path / "out").exists()
@@ -322,17 +318,7 @@ def test_the_first_infinite_sequence_and_frame_are_named(
         return frame
 
     monkeypatch.setattr(Tester.Test_model, "next_frame", next_frame)
-    assert (
-        in_process(
-            Tester.main,
-            "--ckpt_path",
-            tiny_run / "best.ckpt",
-            "--save_root",
-            tmp_path / "out",
-            *CPU,
-        )
-        == 2
-    )
+    assert roll_out(tiny_run / "best.ckpt", tmp_path / "out") == 2
     assert "sequence 3: frame 7 " in capfd.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -341,18 +327,7 @@ def test_a_run_validated_in_another_way_is_reported(tiny_run, tmp_path, capsys):
     checkpoint["args"]["z"] = "zero"
     torch.save(checkpoint, tmp_path / "zero.ckpt")
     for flags, said in (((), True), (("--z", "zero"), False)):
-        assert (
-            in_process(
-                Tester.main,
-                "--ckpt_path",
-                tmp_path / "zero.ckpt",
-                "--save_root",
-                tmp_path / "out",
-                *CPU,
-                *flags,
-            )
-            == 0
-        )
+        assert roll_out(tmp_path / "zero.ckpt", tmp_path / "out", *flags) == 0
         assert ("--z prior: the run was validated with --z zero" in capsys.readouterr().out) == said
 
 
@@ -404,16 +379,6 @@ def test_a_signal_leaves_nothing_behind(number, status, tiny_run, tmp_path, monk
 
     monkeypatch.setattr(Tester, "write_submission", interrupted)
     before = signal.getsignal(number)
-    assert (
-        in_process(
-            Tester.main,
-            "--ckpt_path",
-            tiny_run / "best.ckpt",
-            "--save_root",
-            tmp_path / "out",
-            *CPU,
-        )
-        == status
-    )
+    assert roll_out(tiny_run / "best.ckpt", tmp_path / "out") == status
     assert signal.getsignal(number) is before
     assert all(re.fullmatch(r"pred_seq\d.gif", name) for name in os.listdir(tmp_path / "out"))

@@ -240,9 +240,10 @@ def adopt_settings(args, parser, names=None):
     names: the flags to set; None for all but those of the machine. A given flag that differs is
     printed. Returns all settings of the checkpoint, a dict.
     """
-    loaded = read_checkpoint(as_list(args.ckpt_path)[0])
+    path = as_list(args.ckpt_path)[0]
+    loaded = read_checkpoint(path)
     settings = loaded["args"] if isinstance(loaded.get("args"), dict) else {}
-    settings = parser.accept({**settings, **sizes(loaded)}, args.ckpt_path)
+    settings = parser.accept({**settings, **sizes(loaded)}, path)
     names = settings.keys() - OF_THE_MACHINE if names is None else names & settings.keys()
     if "recipe" in args.given and settings.get("recipe") != args.recipe:
         names = names - RECIPES["pool"].keys()  # another recipe was asked for: what it sets stays
@@ -250,7 +251,7 @@ def adopt_settings(args, parser, names=None):
         if name not in args.given:
             setattr(args, name, settings[name])
             if name == "DR" and settings[name] and not os.path.isdir(settings[name]):
-                raise UserError(f"--DR {settings[name]}: what {args.ckpt_path} was trained on is "
+                raise UserError(f"--DR {settings[name]}: what {path} was trained on is "
                                 f"missing; expected the data folder as --DR")
         elif getattr(args, name) != settings[name]:
             say(f"--{name} {getattr(args, name)}: the checkpoint has {settings[name]}")

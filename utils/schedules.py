@@ -100,6 +100,18 @@ def in_continuous_stage(model):
     return continuous(model.args) and bool(model.session.total_steps)
 
 
+def next_learning_rate_factor(model, _=None):
+    """Return the factor of --lr in a model's next step; the peak's outside a training stage."""
+    share = share_done(model) if model.session.total_steps else WARM_UP
+    return learning_rate_factor(model.args, model.current_epoch, share)
+
+
+def set_learning_rate(model):
+    """Set the optimizer's learning rate for the next step."""
+    for group, peak in zip(model.optim.param_groups, model.scheduler.base_lrs):
+        group["lr"] = peak * next_learning_rate_factor(model)
+
+
 class kl_annealing:
     """Anneal the weight beta in [0, 1] of the KL term by whole epochs, with the template's names.
 

@@ -13,14 +13,14 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import cli, distributed, figures, logger, schedules, time_budget
+from utils import cli, distributed, figures, logger, time_budget
 from utils.averaging import begin_average
 from utils.checkpoint import file_version, is_latest_in, is_resumable, read_checkpoint
 from utils.cli import Stopped, UserError, say
 from utils.compiling import compile_networks
 from utils.files import csv_length, locked, set_aside, sweep_leftovers
 from utils.hardware import enough_memory, keep_precision
-from utils.schedules import WARM_UP, share_done
+from utils.schedules import set_learning_rate, share_done
 from utils.training_state import capture, restore, restore_checkpoint
 
 MAX_SKIPPED = 20  # non-finite steps in a row that end training
@@ -175,18 +175,6 @@ def agree(model):
     if budget:
         budget.now = distributed.broadcast(time.monotonic(), model.device)
     model.session.stop.agree(model.device)
-
-
-def learning_rate_factor(model, _=None):
-    """Return the factor of --lr in the next step; the peak's outside a training stage."""
-    share = share_done(model) if model.session.total_steps else WARM_UP
-    return schedules.learning_rate_factor(model.args, model.current_epoch, share)
-
-
-def set_learning_rate(model):
-    """Set the optimizer's learning rate for the next step."""
-    for group, peak in zip(model.optim.param_groups, model.scheduler.base_lrs):
-        group["lr"] = peak * learning_rate_factor(model)
 
 
 def count_steps(model):

@@ -16,7 +16,7 @@ from utils.checkpoint import load_weights, optimizer_fits, read_checkpoint, size
 from utils.cli import UserError
 from utils.logger import RunningMeans
 from utils.muon import is_matrix
-from utils.schedules import WARM_UP, learning_rate_factor, share_done
+from utils.schedules import learning_rate_factor, set_learning_rate, share_done
 
 
 @dataclass
@@ -174,8 +174,7 @@ def take_settings(model, loaded):
     # lr is the schedule's peak if ours, the last epoch's in a third-party checkpoint
     factor = 1 if ours else learning_rate_factor(args, model.current_epoch, 0)
     model.scheduler.base_lrs = [session.lr if args.schedule == "cosine" else args.lr / factor]
-    for group, peak in zip(model.optim.param_groups, model.scheduler.base_lrs):
-        group["lr"] = peak * learning_rate_factor(args, model.current_epoch, WARM_UP)
+    set_learning_rate(model)
     load_optimizer(model, loaded["optimizer"])
     if ours:
         weights = loaded.get("train_state_dict", loaded["state_dict"])
