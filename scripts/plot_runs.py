@@ -186,7 +186,9 @@ def note_not_finite(ax, bad):
 def epoch_axis(ax, runs):
     """Whole epochs on the x axis, with some room on both sides."""
     first = min(r.history["epoch"][0] for r in runs)
-    last = max(r.history["epoch"][-1] for r in runs) + 1
+    # the last epoch of a run fitted to its time is repeated, so its steps may end later
+    last = max(r.history["epoch"][-1] + 1 for r in runs)
+    last = max([last, *(r.steps["epoch"][-1] for r in runs if r.steps is not None)])
     room = 0.02 * (last - first)
     ax.set_xlim(first - room, last + room)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))

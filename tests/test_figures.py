@@ -4,16 +4,17 @@ import csv
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from made_up import make_run
+from matplotlib.figure import Figure
 from PIL import Image
 
 from utils import logger
 
-sys.path.insert(0, str(ROOT / "scripts"))
 import plot_runs  # noqa: E402
 import run_folders  # noqa: E402
 
@@ -281,3 +282,12 @@ def test_malformed_files(tmp_path, file, text, word):
     (run / file).write_bytes(text.encode("latin1"))
     refused(command("plot_runs.py", run, "-o", tmp_path / "out"), run / file, word)
     assert not (tmp_path / "out").exists()
+
+
+def test_steps_after_the_last_whole_epoch_are_inside_the_axis():
+    """As a run fitted to its minutes has them, whose last epoch is repeated."""
+    steps = {"epoch": np.array([0.5, 1.0, 1.1875])}
+    run = SimpleNamespace(history={"epoch": np.array([0])}, steps=steps)
+    axes = Figure().subplots()
+    plot_runs.epoch_axis(axes, [run])
+    assert axes.get_xlim()[1] > 1.1875
