@@ -1,26 +1,29 @@
 """Train the pose-conditioned VAE of the lab: one image and 630 poses in, 629 frames out.
 
     python Trainer.py --DR data --save_root ckpt --fast_train            # the recommended command
-    python Trainer.py --DR data --save_root ckpt --fast_train --max_minutes 60
-    python Trainer.py --DR data --save_root ckpt --fast_train --resume   # after a stop or crash
     python Trainer.py --DR data --save_root out --ckpt_path ckpt/best.ckpt --test        # validate
-    torchrun --nproc_per_node=8 Trainer.py --DR data --save_root ckpt --gpu 8           # eight GPUs
 
-Reads top to bottom as the algorithm: losses and PSNR, then `VAE_Model` with its training step, its
-rollout, its schedules, its training stage and its checkpoints, and the command line at the end. The
-rollout pool, which gives the default recipe its previous frames, is in dataloader.py; what is not
-about this method (flags, files, hardware, ranks, logs) is in utils/.
+Reads top to bottom as the algorithm. Where to look, in `VAE_Model`:
+
+    the loss                forward -> loss_terms; its default is log_mse + beta * kl_weight * kl
+    the previous frame      forward; in training from batches, in a rollout from rollout_block
+    an epoch                training_stage -> train_epoch, session.validate -> eval, end_epoch
+    beta, teacher forcing   beta and sample_teacher_forcing; their curves in utils/schedules.py
+    the optimizer           optim (--optim), scheduler, optimizer_step
+    a checkpoint            checkpoint; the state of a resume in utils/training_state.py
+    validation PSNR         eval -> val_one_step: the mean of Generate_PSNR over 629 frames
+
+The rollout pool of the default recipe is in dataloader.py; what is not about this method (flags,
+files, hardware, ranks, logs) is in utils/.
 """
 
 import math
-import shlex
 import time
-import warnings
 from functools import cached_property, partial
 from pathlib import Path
 
 from utils import cli  # before PyTorch: see utils/__init__.py
-from utils.cli import UserError, say
+from utils.cli import say
 
 import numpy as np
 import torch
@@ -50,9 +53,6 @@ ROLLOUT_BLOCK = 32  # frames between two looks at a rollout: bar, signals, non-f
 NOISE_MSE = 1e-5    # 50 dB: errors below it hardly count
 GIF_TICK = 40       # milliseconds a frame, the template's
 OUTPUTS = {"none": lambda x: x, "clamp": lambda x: x.clamp(0, 1), "sigmoid": torch.sigmoid}
-
-# in fp16 PyTorch takes a skipped first step for a wrong order of calls
-warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
 
 
 # ---------------------------------------------------------------- losses and metric
@@ -298,22 +298,21 @@ class VAE_Model(nn.Module):
         of them so far. UserError names sequence and frame of a non-finite prediction.
         """
         args, device, models = self.args, self.device, [self, *self.session.ensemble]
-        count, length, lanes = *label.shape[:2], args.rollouts
+        count, length = label.shape[:2]
         noise = [torch.Generator(device).manual_seed(args.seed + i)
-                 for _ in range(count) for i in range(lanes)]
-        previous = first.to(device).repeat_interleave(lanes, 0)
-        blocks = []
+                 for _ in range(count) for i in range(args.rollouts)]
+        previous, blocks = first.to(device).repeat_interleave(args.rollouts, 0), []
         size = f"{count} sequence(s) of {label.shape[-1]}x{label.shape[-2]}"
-        memory = enough_memory(f"--rollouts {lanes}, {size}", "fewer, or --device cpu")
+        memory = enough_memory(f"--rollouts {args.rollouts}, {size}", "fewer, or --device cpu")
         # inference mode costs least, but in it autocast casts every weight again for every frame
         no_grad = torch.inference_mode() if self.precision == "fp32" else torch.no_grad()
         with memory, evaluating(*models), autocast(self.device, self.precision), no_grad:
             for start in range(1, length, ROLLOUT_BLOCK):
                 poses = label[:, start:start + ROLLOUT_BLOCK]
                 frames, finite = self.rollout_block(models, previous, poses, noise, start == 1)
-                check_finite(finite, start, lanes)
+                check_finite(finite, start, args.rollouts)
                 previous = frames[-1]
-                frames = frames.transpose(0, 1).unflatten(0, (count, lanes)).mean(1)
+                frames = frames.transpose(0, 1).unflatten(0, (count, args.rollouts)).mean(1)
                 blocks.append(frames.cpu())  # (S, t, 3, H, W)
                 if on_block:
                     on_block(start + frames.shape[1] - 1, blocks[-1])
@@ -322,9 +321,8 @@ class VAE_Model(nn.Module):
     def rollout_block(self, models, previous, label, noise, begins):
         """Generate the frames after `previous` (N, 3, H, W), along poses (S, t, 3, H, W).
 
-        noise: a generator for each of the N rollouts. begins: whether `previous` is a given frame,
-        not a generated one. Returns frames (t, N, 3, H, W) in [0, 1], and
-        whether each was finite, bool (t, N) on the CPU.
+        noise: a generator for each of the N rollouts. begins: whether `previous` is a given frame.
+        Returns frames (t, N, 3, H, W) in [0, 1], and whether each was finite, bool (t, N).
         """
         label = label.transpose(0, 1).to(self.device)
         shape = max(model.args.N_dim for model in models), *label.shape[-2:]
@@ -372,10 +370,9 @@ class VAE_Model(nn.Module):
         return F.mse_loss(self.predicted, truth), torch.stack(psnrs).tolist()
 
     def eval(self):
-        """Run one validation rollout. Returns the mean PSNR in dB; makes save_root.
+        """Run one validation rollout. Returns the mean PSNR over its frames in dB; makes save_root.
 
-        The template's name for its validation loop hides nn.Module.eval(): modes are switched with
-        nn.Module.train(model, flag) alone.
+        Hides nn.Module.eval(), as in the template: `nn.Module.train(model, flag)` switches modes.
         """
         losses, psnrs, loader = [], [], self.val_dataloader()
         if self.args.save_root is not None:
@@ -452,13 +449,17 @@ class VAE_Model(nn.Module):
         return max(1, frames // (args.batch_size * (args.train_vi_len - 1) * world))
 
     def beta(self):
-        """Return beta in [0, 1] of the next step: by the share done or, template, by the epoch."""
+        """Return beta in [0, 1] of the next step, by --kl_anneal_type: see `beta_at`.
+
+        e counts epochs; in the pool recipe it is continuous, the share of the run done * num_epoch.
+        Cyclical: min(1, (cycles * e / num_epoch % 1) / ratio). Monotonic: one cycle. None: 1.
+        """
         if in_continuous_stage(self):
             return beta_at(self.kl_annealing.args, schedule_epoch(self))
         return self.kl_annealing.get_beta()
 
     def teacher_forcing_ratio_update(self):
-        """Set tfr to that of the next step."""
+        """Set tfr of the next step: max(tfr_min, tfr - tfr_d_step * max(0, e - tfr_sde + 1))."""
         self.tfr = teacher_forcing_ratio(self.args, schedule_epoch(self))
 
     # ------------------------------------------------------------ the training stage
@@ -622,9 +623,8 @@ def main(argv=None):
         args.ckpt_path = str(last)
     if args.test:
         options.require(args, "ckpt_path")
-    elif len(options.as_list(args.ckpt_path)) > 1:
-        raise UserError(f"--ckpt_path {shlex.join(args.ckpt_path)}: expected one checkpoint to "
-                        f"train from; several are for --test")
+    else:
+        options.require_one_checkpoint(args)
     if args.ckpt_path:
         adopt_settings(args, build_parser())
     options.require(args, "DR")

@@ -140,24 +140,20 @@ def test_what_is_missing_is_named(main, flags, named, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "module, given, expected",
-    [
-        ("Trainer", {}, "2000"),
-        ("Tester", {}, "2000"),
-        ("scripts.benchmark", {}, "2000"),
-        ("dataloader", {"OMP_WAIT_POLICY": "passive"}, "0"),
-    ],
-)
-def test_threads_hardly_spin_for_each_other(module, given, expected):
-    """What libgomp itself says at its start: 20 s in place of 1 s a step beside a busy process."""
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    }
+@pytest.mark.parametrize("module, load, given, expected", [
+    ("Trainer", 1.0, {}, "2000"),
+    ("Tester", 1.0, {}, "2000"),
+    ("scripts.benchmark", 1.0, {}, "2000"),
+    ("dataloader", 0.1, {}, None),  # alone, spinning is faster
+    ("dataloader", 1.0, {"OMP_WAIT_POLICY": "passive"}, "0"),
+])
+def test_threads_spin_less_on_a_busy_machine(module, load, given, expected):
+    """What libgomp itself says at its start: 100 s in place of 1 s a step beside a busy process."""
+    environment = {key: value for key, value in os.environ.items()
+                   if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run(
-        [sys.executable, "-c", f"import {module}"],
+        [sys.executable, "-c",
+         f"import os; os.getloadavg = lambda: ({load}, 0, 0)\nimport {module}"],
         cwd=ROOT, capture_output=True, text=True,
         env={**environment, "OMP_DISPLAY_ENV": "verbose", **given},
         timeout=90,
@@ -165,7 +161,11 @@ def test_threads_hardly_spin_for_each_other(module, given, expected):
     assert done.returncode == 0, done.stderr
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("this build of PyTorch has another OpenMP than GNU's")
-    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
+    said = done.stderr.partition("GOMP_SPINCOUNT = '")[2].partition("'")[0]
+    if expected is None:
+        assert int(said) > 2000
+    else:
+        assert said == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")

@@ -1,12 +1,15 @@
-"""Share code between Trainer, Tester, dataloader and scripts; shorten OpenMP's spinning.
+"""Share code between Trainer, Tester, dataloader and scripts; on a busy machine, spin less.
 
 OpenMP's threads wait for each other by spinning, in libgomp for milliseconds. Beside another busy
-process, a spinning thread takes the core of the thread that it waits for, in every operation. On
-two shared cores a training step took 20 s, and 0.9 s with a tenth of a millisecond of spinning.
+process, a spinning thread takes the core of the thread that it waits for, in every operation: on
+two cores a training step took 100 s, and 1.2 s with a tenth of a millisecond of spinning. Alone,
+less spinning costs a tenth of the speed, so it is set only where the machine is already busy.
 OpenMP reads the setting when PyTorch is imported, so this package is imported first.
 """
 
 import os
 
-if "OMP_WAIT_POLICY" not in os.environ:
+BUSY = 0.5  # load average of a minute: another process has computed for most of it
+
+if "OMP_WAIT_POLICY" not in os.environ and hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import time
+import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,9 @@ from utils.cli import UserError
 OUT_OF_MEMORY = "can't allocate memory|ALLOC(ATION)?_FAILED|CUDA error: out of memory"
 CPU_PIXELS = 8 * 32 * 64  # per piece on a CPU; more gains little (docs/PERFORMANCE.md)
 OLDEST_TORCH = (2, 6)  # as requirements.txt and scripts/setup.sh have it
+
+# in fp16 PyTorch takes a skipped first step for a wrong order of calls
+warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
 
 
 def check_torch():

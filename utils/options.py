@@ -5,6 +5,7 @@ A flag on the command line beats the recipe, the recipe beats the template's def
 
 import argparse
 import re
+import shlex
 import sys
 
 from utils.cli import Parser, UserError, number, path, say
@@ -58,6 +59,13 @@ def require(args, *flags):
     for flag in flags:
         if getattr(args, flag) is None:
             raise UserError(f"--{flag}: is missing; expected a path")
+
+
+def require_one_checkpoint(args):
+    """Raise UserError for several checkpoints in --ckpt_path, which training can't start from."""
+    if len(as_list(args.ckpt_path)) > 1:
+        raise UserError(f"--ckpt_path {shlex.join(args.ckpt_path)}: expected one checkpoint to "
+                        f"train from; several are for --test")
 
 
 def as_list(value):
