@@ -227,7 +227,7 @@ def test_the_page_of_flags_is_what_its_script_prints(capsys):
     assert capsys.readouterr().out == page, "python scripts/flags_page.py > docs/FLAGS.md"
 
 
-def test_the_page_has_each_flag_once_with_the_defaults_of_both_recipes():
+def test_FLAGS_has_each_flag_with_both_recipes_defaults():
     rows = re.findall(r"^\| `--(\w+)`[^|]*\| (.*?) \| (.*?) \|", flags_page.page(), re.M)
     assert sorted(name for name, *_ in rows) == sorted(ALL)
     switches = {"off": "False", "on": "True", "": "None"}

@@ -247,14 +247,10 @@ def test_without_PYTHON_a_script_takes_the_virtual_environment(tree, tmp_path, p
 
 @pytest.mark.parametrize("place", PLACES)
 def test_setup_takes_a_whole_virtual_environment_of_the_project(tmp_path, place):
-    pytest.importorskip("pip")  # without it setup.sh would make another environment
     for name in ("scripts/setup.sh", "requirements.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     python = wrapped_python(tmp_path, place, tmp_path / "note")
-    with open(tmp_path / "requirements.txt") as listed:
-        stamp = subprocess.run(["cksum"], stdin=listed, capture_output=True, text=True).stdout
-    (tmp_path / ".venv" / "installed-requirements.txt").write_text(stamp)
     done = subprocess.run(["bash", str(tmp_path / "scripts" / "setup.sh"), "requirements.txt"],
                           capture_output=True, text=True, env={**os.environ, "PYTHON": ""})
     assert done.returncode == 0, done.stderr

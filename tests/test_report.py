@@ -7,12 +7,12 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from contextlib import contextmanager
 
 import pytest
+import report_frames
 from PIL import Image
 from conftest import ROOT
 from made_up import made_up_frame, make_gif, make_run, to_array
@@ -176,9 +176,6 @@ def test_runs_that_were_the_same_are_said_to_be(tmp_path):
 
 
 def test_merged_neighbours_of_the_gif_are_counted_again(tmp_path):
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import report_frames
-
     make_gif(tmp_path / "a.gif", 31)
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames < 31
@@ -355,131 +352,128 @@ def mean_difference(url, picture):
     return abs(shown - to_array(picture)).mean()
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-def test_slider_arrows_and_plot_move_frame_and_cursor_together(report, tmp_path):
+class Player:
+    """The player of a report page in a browser; `call` is that of `browser`."""
+
+    left, right, home = "\ue012", "\ue014", "\ue011"
+
+    def __init__(self, call, psnr):
+        self.call, self.psnr = call, psnr
+        until = time.monotonic() + 20
+        while self.script("return document.getElementById('player').dataset.ready") != "1":
+            assert time.monotonic() < until, "the player did not start"
+            time.sleep(0.1)
+
+    def script(self, text):
+        return self.call("POST", "/execute/sync", {"script": text, "args": []})
+
+    def click(self, selector):
+        self.script(f"document.querySelector({json.dumps(selector)}).click()")
+
+    def focus(self, selector):
+        self.script(f"document.querySelector({json.dumps(selector)}).focus()")
+
+    def act(self, kind, actions):
+        self.call("POST", "/actions", {"actions": [{"type": kind, "id": kind, "actions": actions}]})
+
+    def keys(self, *names):
+        self.act("key", [{"type": kind, "value": name}
+                         for name in names for kind in ("keyDown", "keyUp")])
+
+    def move_slider(self, frame):
+        self.script(f"const s = document.getElementById('frame'); s.value = {frame}; "
+                    "s.dispatchEvent(new Event('input'))")
+
+    def drag_to(self, x, y):
+        self.act("pointer", [{"type": "pointerMove", "x": x - 200, "y": y + 200},
+                             {"type": "pointerMove", "x": x - 100, "y": y},
+                             {"type": "pointerDown", "button": 0},
+                             {"type": "pointerMove", "x": x, "y": y},
+                             {"type": "pointerUp", "button": 0}])
+
+    def expect(self, frame):
+        """Check number, cursor, PSNR and pictures of a frame. Returns what is seen."""
+        seen = self.script(LOOK)
+        assert seen["frame"] == frame and seen["said"].startswith(f"frame {frame} of {FRAMES}")
+        # frames 0 (given) to FRAMES lie evenly between the plot's margins
+        cursor = 46 + (seen["wide"] - 46 - 14) * frame / FRAMES
+        assert seen["cursor"] == pytest.approx(cursor, abs=0.01)
+        decibel = f"{self.psnr['Cyclical'][frame]:.2f} dB" if frame else "\u2013"
+        assert seen["readouts"][0] == decibel
+        width = made_up_frame(frame).width // 3
+        for part, url in enumerate(seen["pictures"]):
+            box = part * width, 0, (part + 1) * width, 32
+            own = mean_difference(url, made_up_frame(frame).crop(box))
+            other = mean_difference(url, made_up_frame(frame + 7).crop(box))
+            assert own < 8 and own < other, f"picture {part} is not of frame {frame}"
+        return seen
+
+
+@pytest.fixture
+def player(report, tmp_path):
+    """The player of the report's page; the browser reports no problem and loads nothing."""
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("needs chromium and chromedriver")
     psnr = {}
     for name in ("Cyclical", "Monotonic"):
         lines = (report.parent / name / "psnr_per_frame.csv").read_text().splitlines()[1:]
         psnr[name] = {int(line.split(",")[0]): float(line.split(",")[1]) for line in lines}
-
     with browser(tmp_path, (report / "report.html").as_uri()) as call:
-        script = lambda text: call("POST", "/execute/sync", {"script": text, "args": []})
-        until = time.monotonic() + 20
-        while script("return document.getElementById('player').dataset.ready") != "1":
-            assert time.monotonic() < until, "the player did not start"
-            time.sleep(0.1)
+        player = Player(call, psnr)
+        yield player
+        loaded = ("return performance.getEntriesByType('resource')"
+                  ".filter(e => !e.name.startsWith('data:')).length")
+        assert player.script(loaded) == 0
+        log = call("POST", "/se/log", {"type": "browser"})
+        assert not [entry["message"] for entry in log if entry["level"] == "SEVERE"]
+        player.script("window.onbeforeunload = null; unsaved = false")
 
-        def expect(frame):
-            seen = script(LOOK)
-            assert seen["frame"] == frame and seen["said"].startswith(f"frame {frame} of {FRAMES}")
-            # frames 0 (given) to FRAMES lie evenly between the plot's margins
-            assert seen["cursor"] == pytest.approx(
-                46 + (seen["wide"] - 46 - 14) * frame / FRAMES, abs=0.01
-            )
-            assert seen["readouts"][0] == (
-                f"{psnr['Cyclical'][frame]:.2f} dB" if frame else "\u2013"
-            )
-            width = made_up_frame(frame).width // 3
-            for part, url in enumerate(seen["pictures"]):
-                own = mean_difference(
-                    url, made_up_frame(frame).crop((part * width, 0, (part + 1) * width, 32))
-                )
-                other = mean_difference(
-                    url, made_up_frame(frame + 7).crop((part * width, 0, (part + 1) * width, 32))
-                )
-                assert own < 8 and own < other, f"picture {part} is not of frame {frame}"
-            return seen
 
-        def keys(*names):
-            actions = [
-                {"type": kind, "value": name} for name in names for kind in ("keyDown", "keyUp")
-            ]
-            call(
-                "POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]}
-            )
+def test_slider_and_arrow_keys_step_frames(player):
+    player.expect(1)
+    player.move_slider(30)
+    player.expect(30)
+    player.keys(player.right, player.right)  # the page has the keyboard
+    player.expect(32)
+    player.keys(player.left)
+    player.expect(31)
+    player.focus("#frame")
+    player.keys(player.left)  # the slider has it: one step, not two
+    player.expect(30)
+    player.keys(player.home)
+    player.expect(0)
 
-        left, right, home = "\ue012", "\ue014", "\ue011"
-        expect(1)
-        script(
-            "const s = document.getElementById('frame'); s.value = 30; "
-            "s.dispatchEvent(new Event('input'))"
-        )
-        expect(30)
-        keys(right, right)  # the page has the keyboard
-        expect(32)
-        keys(left)
-        expect(31)
-        script("document.getElementById('frame').focus()")
-        keys(left)  # the slider has it: one step, not two
-        expect(30)
-        keys(home)
-        expect(0)
 
-        script("document.getElementById('plot').scrollIntoView({block: 'center'})")
-        seen = expect(0)
-        box, wide = seen["box"], seen["wide"]
-        at = (
-            round(box[0] + box[2] * (46 + (wide - 46 - 14) * 20 / FRAMES) / wide),
-            round(box[1] + box[3] / 2),
-        )
-        call(
-            "POST",
-            "/actions",
-            {
-                "actions": [
-                    {
-                        "type": "pointer",
-                        "id": "mouse",
-                        "actions": [
-                            {"type": "pointerMove", "x": at[0] - 200, "y": at[1] + 200},
-                            {"type": "pointerMove", "x": at[0] - 100, "y": at[1]},
-                            {"type": "pointerDown", "button": 0},
-                            {"type": "pointerMove", "x": at[0], "y": at[1]},
-                            {"type": "pointerUp", "button": 0},
-                        ],
-                    }
-                ]
-            },
-        )
-        expect(20)
-        assert script("return getSelection().toString()") == ""  # a drag selects no text
+def test_dragging_in_the_plot_moves_the_frame_and_selects_no_text(player):
+    player.script("document.getElementById('plot').scrollIntoView({block: 'center'})")
+    seen = player.expect(1)
+    (left, top, width, height), wide = seen["box"], seen["wide"]
+    x = left + width * (46 + (wide - 46 - 14) * 20 / FRAMES) / wide
+    player.drag_to(round(x), round(top + height / 2))
+    player.expect(20)
+    assert player.script("return getSelection().toString()") == ""
 
-        script("document.getElementById('play').click()")
-        time.sleep(0.5)
-        script("document.getElementById('play').click()")
-        paused = script(LOOK)["frame"]
-        assert paused != 20
-        time.sleep(0.3)
-        expect(paused)
 
-        script("document.querySelectorAll('#player input[type=radio]')[1].click()")
-        assert script(LOOK)["readouts"][1] == f"{psnr['Monotonic'][paused]:.2f} dB"
+def test_play_moves_frames_and_another_run_shows_its_psnr(player):
+    player.click("#play")
+    time.sleep(0.5)
+    player.click("#play")
+    paused = player.script(LOOK)["frame"]
+    assert paused != 1
+    time.sleep(0.3)
+    player.expect(paused)
+    player.script("document.querySelectorAll('#player input[type=radio]')[1].click()")
+    assert player.script(LOOK)["readouts"][1] == f"{player.psnr['Monotonic'][paused]:.2f} dB"
 
-        # the writer's text: typed, kept by Save a copy, and the arrows there move no frame
-        script("document.querySelector('.analysis[data-key=\"C.i\"]').focus()")
-        keys("h", "i", left)
-        assert (
-            script("return document.querySelector('.analysis[data-key=\"C.i\"]').textContent")
-            == "hi"
-        )
-        assert script(LOOK)["frame"] == paused
-        assert 'data-edited="1"' in script(
-            "return document.documentElement.outerHTML.slice(0, 200)"
-        )
-        assert (
-            script(
-                "return performance.getEntriesByType('resource')"
-                ".filter(e => !e.name.startsWith('data:')).length"
-            )
-            == 0
-        )
-        problems = [
-            entry["message"]
-            for entry in call("POST", "/se/log", {"type": "browser"})
-            if entry["level"] == "SEVERE"
-        ]
-        assert not problems
-        script("window.onbeforeunload = null; unsaved = false")
+
+def test_typed_text_is_kept_and_its_arrow_keys_step_no_frame(player):
+    player.focus('.analysis[data-key="C.i"]')
+    player.keys("h", "i", player.left)
+    text = "return document.querySelector('.analysis[data-key=\"C.i\"]').textContent"
+    assert player.script(text) == "hi"
+    assert player.script(LOOK)["frame"] == 1
+    page = player.script("return document.documentElement.outerHTML.slice(0, 200)")
+    assert 'data-edited="1"' in page
 
 
 FITS = """

@@ -468,58 +468,38 @@ def test_other_sizes_than_asked_for(main, tiny_data, tiny_run, tmp_path, capfd):
 
 # ---------------------------------------------------------------- third-party scripts
 
+ATTRIBUTES = ["optim", "scheduler", "kl_annealing", "mse_criterion", "current_epoch", "tfr",
+              "tfr_d_step", "tfr_sde", "train_vi_len", "val_vi_len", "batch_size"]
+
+
+def namespaces(data, root):
+    """Return a script's Namespaces by how many flags they have: all of the template's or fewer."""
+    paths = {"DR": str(data), "ckpt_path": str(root / "epoch=3.ckpt")}
+    saving = {**paths, "save_root": str(root / "out")}
+    small = {"val_vi_len": 20, "device": "cpu", **SIZES}
+    fewer = {"train_vi_len": 8, "num_epoch": 5, "lr": 0.001, **small}
+    return {"the template's": bare(**saving),
+            "fewer": argparse.Namespace(**saving, **fewer),
+            "next to none": argparse.Namespace(**paths, **small)}
+
+
 @pytest.mark.parametrize("flags", ["the template's", "fewer", "next to none"])
 def test_a_script_with_a_bare_namespace(flags, template, tiny_data, tmp_path):
     torch.save(template, tmp_path / "epoch=3.ckpt")
-    args = bare(
-        DR=str(tiny_data), save_root=str(tmp_path / "out"), ckpt_path=str(tmp_path / "epoch=3.ckpt")
-    )
-    if flags == "fewer":
-        args = argparse.Namespace(
-            DR=args.DR,
-            save_root=args.save_root,
-            ckpt_path=args.ckpt_path,
-            val_vi_len=20,
-            train_vi_len=8,
-            num_epoch=5,
-            lr=0.001,
-            device="cpu",
-            **SIZES,
-        )
-    if flags == "next to none":
-        args = argparse.Namespace(
-            DR=args.DR, ckpt_path=args.ckpt_path, val_vi_len=20, device="cpu", **SIZES
-        )
-
-    model = Trainer.VAE_Model(args).to("cpu")
+    model = Trainer.VAE_Model(namespaces(tiny_data, tmp_path)[flags]).to("cpu")
     model.load_checkpoint()
     assert isinstance(model.eval(), float) and model.training
     if flags == "next to none":
         return
-    loader = model.val_dataloader()
-    for img, label in loader:
+    for img, label in model.val_dataloader():
         loss, psnrs = model.val_one_step(img, label)
-        assert (
-            float(loss) > 0 and len(psnrs) == 19 and all(isinstance(psnr, float) for psnr in psnrs)
-        )
+        assert float(loss) > 0 and len(psnrs) == 19
+        assert all(isinstance(psnr, float) for psnr in psnrs)
         assert np.mean(psnrs) == pytest.approx(model.eval(), abs=1e-4)
     for img, label in model.train_dataloader():
         for teacher in (True, False):
             assert torch.isfinite(model.training_one_step(img, label, teacher))
-    for name in (
-        "optim",
-        "scheduler",
-        "kl_annealing",
-        "mse_criterion",
-        "current_epoch",
-        "tfr",
-        "tfr_d_step",
-        "tfr_sde",
-        "train_vi_len",
-        "val_vi_len",
-        "batch_size",
-    ):
-        assert hasattr(model, name), name
+    assert all(hasattr(model, name) for name in ATTRIBUTES)
     model.save(str(tmp_path / "mine.ckpt"))
     assert equal(model, torch.load(tmp_path / "mine.ckpt", weights_only=True)["state_dict"])
     model.training_stage()  # from epoch 4, the one after the checkpoint's, to the last

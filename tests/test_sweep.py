@@ -19,10 +19,8 @@ import time
 import pytest
 from conftest import ROOT
 
+import sweep as sweeps
 from utils.logger import HISTORY
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import sweep as sweeps  # noqa: E402
 
 PRETENDER = f'''
 import os, signal, sys, time
@@ -109,7 +107,7 @@ def column(run, name):
     return [float(row[name]) for row in csv.DictReader((run / "history.csv").open())]
 
 
-def test_kl_sweep_trains_three_that_differ_in_one_flag_and_reports(project):
+def test_kl_sweep_trains_three_that_differ_in_one_flag(project):
     result = sweep(
         project,
         "kl",
@@ -246,7 +244,7 @@ def test_a_sweep_that_would_compare_nothing_is_refused(project, kind, words, sai
     assert not starts(project) and not (project / "out").exists()
 
 
-def test_tfr_sweep_has_one_beta_and_a_kl_term_that_hides_nothing(project):
+def test_tfr_sweep_has_one_beta_and_a_small_kl_weight(project):
     assert (
         sweep(project, "tfr", "data", "out", "--num_epoch", 4, "--recipe", "template").returncode
         == 0
@@ -301,7 +299,7 @@ def test_jobs_run_at_once(project):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_sweep_lets_its_runs_save_and_goes_on_where_it_was(project, number, status):
+def test_a_stopped_sweep_saves_its_runs_and_resumes_them(project, number, status):
     process = sweep(project, "kl", "data", "out", "--num_epoch", 3, wait=False, PACE="0.7")
     until(lambda: (project / "out" / "Cyclical" / "history.csv").exists())
     process.send_signal(number)
@@ -362,7 +360,7 @@ def test_other_flags_need_another_folder(project):
     assert sweep(project, "tfr", "data", "out", "--num_epoch", 3).returncode == 2
 
 
-def test_without_PYTHON_the_scripts_take_the_virtual_environment_of_the_project(project):
+def test_without_PYTHON_scripts_take_the_virtual_environment(project):
     python = project / "a project" / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\necho used >> "{project}/used"\nexec "{sys.executable}" "$@"\n')
