@@ -83,7 +83,7 @@ def log_mse(frames, truth):
 # ---------------------------------------------------------------- the model
 
 class VAE_Model(nn.Module):
-    """The conditional VAE: its training step, rollout, training stage and checkpoints.
+    """Own the conditional VAE: its training step, rollout, training stage and checkpoints.
 
     args: a Namespace of `build_parser()`, or any other: a flag it lacks has the parser's default,
     and without `recipe` it trains the template's way. `state` is what a resume needs, `session`
@@ -118,7 +118,7 @@ class VAE_Model(nn.Module):
 
     @property
     def args(self):
-        """The flags, complete."""
+        """Return the flags, complete."""
         return self.__dict__["_args"]
 
     @args.setter
@@ -132,57 +132,57 @@ class VAE_Model(nn.Module):
 
     @cached_property
     def state(self):
-        """The TrainingState; third-party classes may set current_epoch in it before args."""
+        """Return the TrainingState; third-party classes may set current_epoch before args."""
         args = self.__dict__.get("_args") or build_parser().parse_args([])
         sampler = torch.Generator().manual_seed(args.seed)
         return TrainingState(num_epoch=args.num_epoch, sampler=sampler)
 
     @cached_property
     def session(self):
-        """The Session."""
+        """Return the Session."""
         return session.Session()
 
     @cached_property
     def kl_annealing(self):
-        """The schedule of beta by whole epochs."""
+        """Return the schedule of beta by whole epochs."""
         return kl_annealing(self.args, self.current_epoch)
 
     @cached_property
     def tfr(self):
-        """The probability of teacher forcing in the next step."""
+        """Return the probability of teacher forcing in the next step."""
         return teacher_forcing_ratio(self.args, schedule_epoch(self))
 
     @cached_property
     def optim(self):
-        """The optimizer: fused, so that on a GPU it skips a step that is not finite by itself."""
+        """Return the optimizer: fused, so that on a GPU it skips a non-finite step by itself."""
         kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "Muon": Muon}[self.args.optim]
         fused = self.device.type in ("cuda", "cpu")
         return kind(self.parameters(), lr=self.args.lr, fused=fused)
 
     @cached_property
     def scheduler(self):
-        """The learning rate's schedule."""
+        """Return the schedule of the learning rate."""
         factor = partial(next_learning_rate_factor, self)
         return torch.optim.lr_scheduler.LambdaLR(self.optim, factor)
 
     @cached_property
     def scaler(self):
-        """The scale of the loss in fp16; without effect in other precisions."""
+        """Return the scale of the loss in fp16; without effect in other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     @cached_property
     def picked_precision(self):
-        """(fp32, bf16 or fp16, why): --precision, or what is fastest on this machine."""
+        """Return (fp32, bf16 or fp16, why): --precision, or the fastest on this machine."""
         return distributed.broadcast_object(pick_precision(self.args.precision, self.device))
 
     @property
     def precision(self):
-        """fp32, bf16 or fp16."""
+        """Return fp32, bf16 or fp16."""
         return self.picked_precision[0]
 
     @property
     def current_epoch(self):
-        """The epoch that is trained."""
+        """Return the epoch that is trained."""
         return self.state.epoch
 
     @current_epoch.setter
@@ -191,7 +191,7 @@ class VAE_Model(nn.Module):
 
     @property
     def device(self):
-        """The device of the networks."""
+        """Return the device of the networks."""
         return next(self.frame_transformation.parameters()).device
 
     def load_state_dict(self, *args, **kwargs):
