@@ -2,7 +2,7 @@
 # The whole lab on drawn data, in six to twelve minutes on two CPU cores: draw, train, test, check the CSV, report.
 #
 #   bash scripts/demo.sh          everything into ./demo
-#   bash scripts/demo.sh OUT      or into OUT; a second call goes on where the first one stopped
+#   bash scripts/demo.sh OUT      or into OUT; a second call resumes where the first one stopped
 #
 # Installs what is missing into .venv first (see scripts/setup.sh).
 set -euo pipefail

@@ -239,7 +239,7 @@ def draw(data):
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=number(int, 1), default=20, help="runs to kill")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the moments")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the times of the kills")
     args = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as work,

@@ -288,7 +288,7 @@ def add_protocol(b, s):
     if pool:
         b.add(
             "p",
-            "A pool of rollouts goes on beside the training: the previous frame of a training "
+            "A pool of rollouts is kept beside the training: the previous frame of a training "
             "window is the one that its rollout generated last, and the prediction takes its "
             "place.",
         )

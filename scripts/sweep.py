@@ -29,7 +29,7 @@ from utils.files import atomic, locked  # noqa: E402
 from utils.options import OF_THE_MACHINE  # noqa: E402
 from utils.schedules import beta_at, continuous, teacher_forcing_ratio  # noqa: E402
 
-# a sweep may go on with other values of these
+# a sweep may resume with other values of these
 NOT_COMPARED = OF_THE_MACHINE - {"ckpt_path", "max_minutes"} | {"checkpoint_steps"}
 FORBIDDEN = {"DR", "save_root", "resume", "test"}  # the sweep's own business
 # what differs between the runs of a sweep, or must not
@@ -263,7 +263,7 @@ class Record:
                 self.content = {key: before[key] for key in (*wanted, "done")}
             except (ValueError, KeyError, TypeError):
                 raise UserError(
-                    f"{self.path}: is not a sweep's record; remove it to go on with the runs as "
+                    f"{self.path}: is not a sweep's record; remove it to resume the runs as "
                     f"they are"
                 ) from None
             for key, value in wanted.items():
@@ -387,7 +387,7 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
             seen[name] = row and row["epoch"]
             running[name] = start(name, runs[name], out, jobs)
             say(
-                f"{name}: {'started' if row is None else 'goes on'}, its output goes to "
+                f"{name}: {'started' if row is None else 'resumed'}, its output goes to "
                 f"{out / name / 'train.log'}"
             )
         if len(stop.signals) > asked:
@@ -413,7 +413,7 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
                 say(f"{name}: stopped")
             else:
                 failed[name] = status
-                say(f"{name}: failed with status {status}; the others go on")
+                say(f"{name}: failed with status {status}; the others continue")
     return failed
 
 
