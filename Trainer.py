@@ -5,12 +5,12 @@
 
 Reads top to bottom as the algorithm. Where to look, in `VAE_Model`:
 
-    the loss                forward -> loss_terms; its default is log_mse + beta * kl_weight * kl
-    the previous frame      forward; in training from batches, in a rollout from rollout_block
-    an epoch                training_stage -> train_epoch, session.validate -> eval, end_epoch
+    the loss                loss_terms, called by forward; by default log_mse + beta * 1e-4 * kl
+    the previous frame      forward; its frame 0: RolloutPool.draw in dataloader.py; rollout_block
+    an epoch                training_stage -> train_epoch, eval, end_epoch
     beta, teacher forcing   beta and sample_teacher_forcing; their curves in utils/schedules.py
-    the optimizer           optim (--optim), scheduler, optimizer_step
-    a checkpoint            checkpoint; the state of a resume in utils/training_state.py
+    the optimizer           optim; its flag, and the default of each recipe, in utils/options.py
+    a checkpoint            checkpoint; its "resume": capture in utils/training_state.py
     validation PSNR         eval -> val_one_step: the mean of Generate_PSNR over 629 frames
 
 The rollout pool of the default recipe is in dataloader.py; what is not about this method (flags,
@@ -154,7 +154,7 @@ class VAE_Model(nn.Module):
 
     @cached_property
     def optim(self):
-        """Return the optimizer: fused, so that on a GPU it skips a non-finite step by itself."""
+        """Return the optimizer. On a GPU it must skip a non-finite step: fused, or as Muon does."""
         kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "Muon": Muon}[self.args.optim]
         fused = self.device.type in ("cuda", "cpu")
         return kind(self.parameters(), lr=self.args.lr, fused=fused)
@@ -359,14 +359,14 @@ class VAE_Model(nn.Module):
         """
         psnrs, truth = [], img[:, 1:].cpu()
 
-        def look(done, frames):  # frame by frame, (B, t, 3, H, W)
+        def score(done, frames):  # those made since the last call, (B, t, 3, H, W)
             pairs = zip(frames.unbind(1), truth[:, done - frames.shape[1]:done].unbind(1))
             psnrs.extend(torch.stack([*map(Generate_PSNR, *pair)]).mean() for pair in pairs)
             so_far = torch.stack(psnrs).mean()
             self.tqdm_bar("val", self.session.bar, so_far, advance=frames.shape[1])
             self.session.stop.check(alone=True)
 
-        self.predicted = self.rollout(img[:, 0], label, look)  # (B, T - 1, 3, H, W), for figures
+        self.predicted = self.rollout(img[:, 0], label, score)  # (B, T - 1, 3, H, W), for figures
         return F.mse_loss(self.predicted, truth), torch.stack(psnrs).tolist()
 
     def eval(self):
@@ -403,7 +403,7 @@ class VAE_Model(nn.Module):
         return dataloader.window_loader(dataset, args.batch_size, args.num_workers, order)
 
     def val_dataloader(self):
-        """Return batches of one validation sequence of val_vi_len frames."""
+        """Return the validation sequences of val_vi_len frames, one a batch."""
         dataset = self.dataset("val", self.args.val_vi_len)
         return dataloader.window_loader(dataset, 1, min(1, self.args.num_workers))
 
@@ -415,10 +415,10 @@ class VAE_Model(nn.Module):
                 yield img, label, self.sample_teacher_forcing(args.train_vi_len)
             return
         for _ in range(skip, self.steps_in(self.current_epoch)):
-            frames = self.sample_teacher_forcing(args.train_vi_len)
-            rollouts = self.sample_teacher_forcing(args.batch_size, of_rollouts=True)
-            window = pool.draw(args.batch_size, args.train_vi_len, args.next_share, rollouts)
-            yield *window, frames
+            forced = self.sample_teacher_forcing(args.train_vi_len)
+            restarted = self.sample_teacher_forcing(args.batch_size, of_rollouts=True)
+            window = pool.draw(args.batch_size, args.train_vi_len, args.next_share, restarted)
+            yield *window, forced
 
     def sample_teacher_forcing(self, count, of_rollouts=False):
         """Draw `count` bools, True with probability `tfr`: one draw an epoch, a batch, or each.
@@ -449,10 +449,10 @@ class VAE_Model(nn.Module):
         return max(1, frames // (args.batch_size * (args.train_vi_len - 1) * world))
 
     def beta(self):
-        """Return beta in [0, 1] of the next step, by --kl_anneal_type: see `beta_at`.
+        """Return beta in [0, 1] of the next step by --kl_anneal_type, of `beta_at`.
 
-        e counts epochs; in the pool recipe it is continuous, the share of the run done * num_epoch.
-        Cyclical: min(1, (cycles * e / num_epoch % 1) / ratio). Monotonic: one cycle. None: 1.
+        Cyclical (default, 10 cycles, ratio 1): min(1, (cycles * e / num_epoch % 1) / ratio).
+        Monotonic: one cycle. None: 1. e: the epoch; in the pool recipe share done * num_epoch.
         """
         if in_continuous_stage(self):
             return beta_at(self.kl_annealing.args, schedule_epoch(self))
@@ -481,7 +481,7 @@ class VAE_Model(nn.Module):
             session.prepare(self)
             while self.current_epoch < self.state.num_epoch:
                 self.train_epoch()
-                psnr_mean = session.validate(self)
+                psnr_mean = session.validate(self)  # eval, on rank 0
                 self.end_epoch(psnr_mean)
             logger.enlarge(self)
         say(f"done: {self.current_epoch} epochs, best validation PSNR "
@@ -491,7 +491,7 @@ class VAE_Model(nn.Module):
         """Do the rest of the current epoch's training steps."""
         state, budget = self.state, self.session.budget
         steps, began = self.steps_in(self.current_epoch), time.monotonic() - state.seconds
-        # where time is left in a run fitted to it, the last epoch is repeated
+        # with --max_minutes the last epoch is repeated until the time is over
         repeats = budget and budget.fitted and self.current_epoch == state.num_epoch - 1
         with logger.epoch_bar(self, None if repeats else steps) as bar:
             while True:
@@ -533,17 +533,17 @@ class VAE_Model(nn.Module):
     # ------------------------------------------------------------ checkpoints
 
     def checkpoint(self):
-        """Return the run, plain types and tensors; `resume`: TrainingState, random states, ..."""
+        """Return the run, plain types and tensors; `resume`: the rest of `capture`, and flags."""
         with validated_weights(self):
             weights = network_state(self)
         saved, args = capture(self), vars(self.args)
         raw = saved.pop("weights")
-        averaged = self.state.average is not None or self.session.poses is not None
+        differ = self.state.average is not None or self.session.poses is not None
         plain = type(None), bool, int, float, str
         given = sorted(set(self.args.given) - options.OF_THE_MACHINE)
         return {
             "state_dict": weights,  # those that are validated
-            **({"train_state_dict": raw} if averaged else {}),
+            **({"train_state_dict": raw} if differ else {}),
             "optimizer": saved.pop("optimizer"),
             "lr": self.scheduler.base_lrs[0],  # the peak: a cosine's end, 0, is of no use to others
             "tfr": self.tfr,
