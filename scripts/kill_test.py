@@ -3,13 +3,13 @@
     python scripts/kill_test.py                    # 20 kills, six to eight minutes on two cores
     python scripts/kill_test.py --kills 3 --seed 7
 
-For each variant of training a reference run goes through unharmed. Then, again and again: start
-the run, SIGKILL it at a random moment after training has begun, resume it with --resume, and
-compare everything that is left behind with the reference's, bitwise: every tensor and number in
-every checkpoint (weights, averages, optimizer state, random states), history.csv, steps.csv and
-psnr_per_frame.csv; only timings may differ. Every second kill waits until a file is being written.
-A kill that came too late, when the run had ended, does not count. Exit status 0 only when all are
-equal.
+For each variant of training a reference run trains to the end. Then, again and again: start the
+run, SIGKILL it at a random time after training has begun, resume it with --resume, and compare
+with the reference the list of files and, bitwise, every tensor and number in every checkpoint
+(weights, averages, optimizer state, random states), history.csv, steps.csv, psnr_per_frame.csv and
+the GIF. Only timings and the flags of OF_THE_START may differ. At most half of the kills wait until
+a file is being written. A kill that came too late, when the run had ended, does not count. Exit
+status 0 only when all are equal.
 """
 
 import csv
@@ -69,7 +69,7 @@ def command(data, save_root, flags, resume=False):
 def environment():
     """Return the environment of a run.
 
-    One thread a process: tiny networks are fastest so, and the sums have one order.
+    Each process has one thread: tiny networks run fastest so, and sums have a fixed order.
     """
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -98,7 +98,7 @@ class Run:
         self.begun.set()
 
     def wait(self, timeout=300):
-        """Return its exit status and output."""
+        """Return the run's exit status and output."""
         status = self.process.wait(timeout)
         self.reader.join(60)
         return status, "".join(self.lines)
@@ -112,7 +112,7 @@ def finish(data, save_root, flags, resume=False):
 
 
 def kill_at_random(run, duration, chance, folder, aim):
-    """SIGKILL a run at a uniform moment of its duration; with `aim`, at the first write after it.
+    """Kill a run (SIGKILL) at a uniform time of its duration; with `aim`, at the next write.
 
     Return whether the run was still there to be killed.
     """
@@ -190,8 +190,8 @@ def kill_test(
 ):
     """Kill `kills` runs, resume and compare.
 
-    Return (equal runs, kills that hit a write, lines on what differed). finish: how runs that are
-    not killed are started, for tests.
+    Return (equal runs, kills that hit a write, lines on what differed). finish: the function that
+    trains a run to its end, an argument for tests.
     """
     chance, references, equal, in_write, problems, done = random.Random(seed), {}, 0, 0, [], 0
     while done < kills:
@@ -239,7 +239,7 @@ def draw(data):
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=number(int, 1), default=20, help="runs to kill")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the times of the kills")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the kill times")
     args = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as work,

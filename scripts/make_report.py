@@ -8,15 +8,15 @@
 
 A RUN is a folder that Trainer.py wrote (its --save_root); one run may serve several sections.
 Sections are the assignment's rubric: --kl has the runs of C.ii (loss curves), --tfr those of C.i
-(teacher forcing), --best that of B and C.iii. A section without runs of its own takes RUN..., else
-the best run. Into OUT go the figures of plot_runs.py, the best and worst frames and the two
-reports. Numbers come from history.csv, steps.csv and psnr_per_frame.csv, frames from val_pred.gif,
-settings from last.ckpt (else best.ckpt). What has no data is left out, and the report says so. The
-analysis is the writer's: Markdown written into the places for it in report.md is kept when the
-report is made again, and rendered in report.html (with markdown-it-py, else as plain text). A
-report.md that was changed elsewhere, and a report.html that somebody wrote in and saved, are
-renamed, not replaced. A browser's "Save as PDF" of report.html is fit to hand in, and named as the
-assignment wants with --student_id and --name.
+(teacher forcing), --best that of B. Without --best, B takes the run with the highest validation
+PSNR. C.i and C.ii without runs of their own take RUN..., else the run of B. C.iii takes --best and
+RUN..., else all runs. The figures of plot_runs.py, the best and worst frames and the two reports
+are written to OUT. Numbers come from history.csv, steps.csv and psnr_per_frame.csv, frames from
+val_pred.gif, settings from last.ckpt (else best.ckpt). What has no data is left out and noted.
+The user writes the analysis as Markdown into the marked places of report.md. A later call keeps
+this text and renders it in report.html (with markdown-it-py, else as plain text). A report.md that
+was edited elsewhere, and a report.html that was edited and saved, are renamed, not replaced.
+A browser's "Save as PDF" of report.html is the submission; --student_id and --name name the file.
 """
 
 import ast
@@ -110,7 +110,7 @@ PROMPTS = {
 
 
 def find_node(body, parts):
-    """The definition of a qualified name in a module's body, or None."""
+    """Return the definition of a qualified name, its `parts`, in a module's body, or None."""
     node = None
     for part in parts:
         kinds = (ast.FunctionDef, ast.ClassDef)
@@ -122,9 +122,7 @@ def find_node(body, parts):
 
 
 def source(name):
-    """A function of this project without importing it: file, name, line, text; None where it isn't
-    there.
-    """
+    """Return file, name, line and text of a function without importing it; None if not found."""
     for path in (p for pattern in SOURCES for p in sorted(ROOT.glob(pattern))):
         try:
             text = path.read_text(encoding="utf-8")
@@ -144,7 +142,7 @@ def source(name):
 
 
 def load_sections(args):
-    """The runs of each section, each folder read once: best, kl, tfr, frames (C.iii), all, uses."""
+    """Return the runs by section, each read once: best, kl, tfr, frames (C.iii), all, uses."""
     given = {
         "best": [args.best] if args.best else [],
         "kl": args.kl,
@@ -184,7 +182,7 @@ def load_sections(args):
 
 
 def draw_figures(sections, out):
-    """Draw and write all figures. Return {name: PNG bytes} and {name: what was left out}."""
+    """Draw and write all figures; return {name: PNG bytes} and {name: line on what is left out}."""
     with_best = sections.kl + [sections.best] * (sections.best not in sections.kl)
     figures, left_out = {}, {}
     for runs, functions in [
@@ -208,7 +206,7 @@ def draw_figures(sections, out):
 
 
 class Blocks(list):
-    """The report as blocks (kind, content), which to_markdown and report_page write out.
+    """Hold the report as blocks (kind, content), which to_markdown and report_page write out.
 
     Kinds: h2, h2 same (no new page), h3, p, missing, table, pairs, figure (name, caption), code
     (functions), analysis (key, prompt), player.
@@ -229,7 +227,7 @@ class Blocks(list):
             self.add("missing", f"Figure {self.left_out[name + suffix]}.")
 
     def settings(self, runs, flags=None):
-        """What these runs set otherwise than the template: first in a section."""
+        """Add how the runs' flags differ from the template's and from each other."""
         sentence, rows = against_template(runs, flags)
         self.add("p", sentence)
         for part in split_columns(rows, keep=2):
@@ -250,7 +248,7 @@ def any_setting(runs, test):
 
 
 def add_overview(b, s):
-    """Which runs there are, before the rubric's sections."""
+    """Add the table of runs, section A and the heading of B."""
     b.add("h2 same", "Runs")
     b.add("table", runs_table(s.uses))
     unknown = [r.label for r in s.all if r.settings is None]
@@ -266,7 +264,7 @@ def add_overview(b, s):
 
 
 def add_protocol(b, s):
-    """B.i."""
+    """Add B.i, the protocol of training and testing."""
     pool = any_setting([s.best], lambda v: v.get("pool"))
     b.add("h3", "B.i How do you write your training/testing protocol (15%)")
     b.settings([s.best])
@@ -306,7 +304,7 @@ def add_protocol(b, s):
 
 
 def add_tricks(b, s):
-    """B.ii, B.iii and B.iv."""
+    """Add B.ii, B.iii and B.iv: reparameterization, teacher forcing and KL annealing."""
     pool = any_setting([s.best], lambda v: v.get("pool"))
     b.add("h3", "B.ii How do you implement reparameterization tricks (5%)")
     b.settings([s.best], ["N_dim"])
@@ -357,7 +355,7 @@ def add_tricks(b, s):
 
 
 def add_comparisons(b, s):
-    """C.i and C.ii."""
+    """Add the heading of C, and C.i and C.ii: teacher forcing and loss curves."""
     b.add("h2", "C. Analysis & Discussion (25%)")
     b.add("h3", "C.i Plot Teacher forcing ratio (5%): analysis, and comparison with the loss curve")
     for suffix, name, runs in by_objective(s.tfr):
@@ -401,7 +399,7 @@ def add_comparisons(b, s):
 
 
 def add_validation(b, s, player_note):
-    """C.iii and C.iv."""
+    """Add C.iii and C.iv: PSNR per frame, and other training strategies."""
     b.add("h3", "C.iii Plot the PSNR-per-frame diagram in the validation dataset (5%)")
     b.settings(s.frames, None if s.frames != [s.best] else ["z", "rollouts", "val_vi_len"])
     b.figure("psnr_per_frame")
@@ -443,7 +441,7 @@ def add_validation(b, s, player_note):
 
 
 def add_flags(b, s):
-    """The full table of flags, at the end."""
+    """Add the appendix, the full table of flags."""
     if not with_settings(s.all):
         return
     b.add("h2", "Appendix: all flags")
@@ -462,7 +460,7 @@ def add_flags(b, s):
 
 
 def build_blocks(sections, figures, left_out, player_note):
-    """The report as Blocks."""
+    """Return the report as Blocks."""
     b = Blocks(figures, left_out)
     add_overview(b, sections)
     add_protocol(b, sections)
@@ -491,7 +489,7 @@ ANALYSIS = re.compile(
 
 
 def kept_analysis(text):
-    """{section: text} of what the writer put into an earlier report.md."""
+    """Return {section: the analysis text that the user wrote} of an earlier report.md."""
     return {
         key: body.strip()
         for key, body in ANALYSIS.findall(text)
@@ -500,15 +498,13 @@ def kept_analysis(text):
 
 
 def signature(text):
-    """A last line for report.md, by which a later call sees whether anything outside the places
-    was changed.
-    """
+    """Return report.md's last line, a checksum of all text but the analyses, to detect edits."""
     ours = "\n".join(line.rstrip() for line in ANALYSIS.sub("", text).splitlines() if line.strip())
     return f"<!-- made by make_report.py, {zlib.crc32(ours.encode()):08x} -->"
 
 
 def changed_elsewhere(text):
-    """Whether somebody wrote into a report.md where the next one would not keep it."""
+    """Return whether a report.md was edited outside the analyses, which alone are kept."""
     body, _, last = text.rstrip().rpartition("\n")
     return last != signature(body)
 
@@ -520,7 +516,7 @@ def markdown_table(rows):
 
 
 def markdown_block(kind, content, analysis):
-    """One block as Markdown."""
+    """Return one block as Markdown."""
     if kind in ("h2", "h2 same", "h3"):
         return f"{'#' * int(kind[1])} {content}"
     if kind in ("p", "missing"):
@@ -541,7 +537,7 @@ def markdown_block(kind, content, analysis):
 
 
 def to_markdown(blocks, title, who, analysis):
-    """The whole report as Markdown."""
+    """Return the whole report as Markdown."""
     out = [
         f"# {title}",
         *([who] if who else []),
@@ -556,7 +552,7 @@ def to_markdown(blocks, title, who, analysis):
 
 
 def put_aside(path):
-    """Rename a report that somebody wrote in, and say so."""
+    """Rename a report that the user edited, and print its new name."""
     number = 1
     while (aside := path.with_name(f"report_edited_{number}{path.suffix}")).exists():
         number += 1
@@ -599,9 +595,7 @@ def build_parser():
 
 
 def identity(args):
-    """(the line on top of the report or None, the name of the document, which a browser gives to
-    its PDF).
-    """
+    """Return (line on top of the report or None, name that a browser gives to the PDF)."""
     parts = [
         name_part(text, f"--{flag}")
         for flag, text in (("student_id", args.student_id), ("name", args.name))
@@ -612,7 +606,7 @@ def identity(args):
 
 
 def read_before(path):
-    """The text of an earlier report.md; empty where there is none."""
+    """Return the text of an earlier report.md, "" without one; UserError if unreadable."""
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:

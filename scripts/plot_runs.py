@@ -1,23 +1,22 @@
 #!/usr/bin/env python3
-"""Draw the figures of one or more training runs, from history.csv, steps.csv and psnr_per_frame.csv
-alone.
+"""Draw the figures of training runs from history.csv, steps.csv and psnr_per_frame.csv alone.
 
     python scripts/plot_runs.py runs/Cyclical runs/Monotonic runs/None -o figures
 
-Each RUN is a folder that Trainer.py wrote (its --save_root); a run is called by its folder's name.
-Into OUT go, as PNG and PDF:
+Each RUN is a folder that Trainer.py wrote (its --save_root); a run has the name of its folder.
+The figures are written to OUT as PNG and PDF:
 
-    loss_curves      total loss, reconstruction, KL and its weight; validation PSNR beside them
+    loss_curves      total loss, reconstruction, MSE, KL and its weight; validation PSNR
     loss_parts       the total loss of each run as the sum of reconstruction and weighted KL
     beta_schedules   beta, one panel for each schedule (the assignment's figure 5)
-    teacher_forcing  the ratio, the share that was forced, and the loss, on one x axis
+    teacher_forcing  the ratio, the teacher-forced share, and the loss, on one x axis
     teacher_forcing_losses  ratio, reconstruction and validation PSNR of several runs together
     val_psnr         validation PSNR by epoch: mean over the frames, and last frame
     psnr_per_frame   PSNR of every frame of the best epoch's validation rollout
-    psnr_summary     the table of all this, also as psnr_summary.csv
+    psnr_summary     the table of the PSNRs per frame, also as psnr_summary.csv
 
 Thin lines are from steps.csv, marks are the means over the epochs. A figure whose numbers are
-missing is left out, and a line says so. Where an axis is cut, the figure says so.
+missing is left out, and a line reports this. A cut axis is noted in the figure.
 """
 
 import csv
@@ -92,32 +91,32 @@ EPOCHS = "Epochs trained"  # the x axis: epoch e of history.csv reaches from e t
 
 
 def new_figure(*size, **options):
-    """A Figure of width and height in inches, drawn by Agg, that pyplot knows nothing of."""
+    """Return a Figure of width and height in inches, drawn by Agg and unknown to pyplot."""
     figure = Figure(figsize=size, **options)
     FigureCanvasAgg(figure)
     return figure
 
 
 def label(name):
-    """A name that matplotlib prints as it is: no mathtext, no leading underscore (hidden)."""
+    """Shorten a name to 40 characters; escape what matplotlib would read as math or hide."""
     name = name if len(name) <= 40 else name[:19] + "\u2026" + name[-20:]
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def fill(name):
-    """A title broken into lines that a narrow panel holds; what is in brackets stays together."""
+    """Break a title into lines of 25 characters for a narrow panel; "beta = 1" stays whole."""
     whole = name.replace("beta = 1", "beta\u00a0=\u00a01")
     return textwrap.fill(whole, 25).replace("\u00a0", " ")
 
 
 def kl_label(run):
-    """A run's name in figures about the KL term."""
+    """Return a run's name for figures about the KL term, with a note if it has no annealing."""
     named = WITHOUT in run.label or not without_annealing(run)
     return label(run.label if named else f"{run.label}, {WITHOUT}")
 
 
 def style(index, count=0, runs=1):
-    """Line options of run `index`; with `count` points its markers stand at places of their own."""
+    """Return line options of run `index`; markers on `count` points are shifted from run to run."""
     colour, dashes, marker = STYLES[index % len(STYLES)]
     step = max(1, count // 12)
     # where every point is marked, equal ones lie in rings
@@ -134,13 +133,13 @@ def style(index, count=0, runs=1):
 
 
 def draw(ax, x, y, **options):
-    """Plot the finite points. Return the x of those that are not (inf; NaN was not measured)."""
+    """Plot the finite points; return the x of infinite ones (NaN was not measured)."""
     ax.plot(x[np.isfinite(y)], y[np.isfinite(y)], **options)
     return x[np.isinf(y)]
 
 
 def draw_steps(ax, run, quantity, **options):
-    """Plot a quantity by step; what changes by epoch alone stays a staircase."""
+    """Plot a quantity by step, or its means over the epochs where there is no steps.csv."""
     draw(ax, *by_step(run, quantity), **options)
 
 
@@ -157,7 +156,7 @@ def draw_quantity(ax, runs, quantity, name=lambda r: label(r.label)):
 
 
 def note(ax, text):
-    """Lines in small print under the axis, no wider than its panel: the layout gives them room."""
+    """Write lines in small print under the axis, no wider than its panel."""
     columns = ax.get_subplotspec().get_gridspec().ncols
     room = max(24, int(15 * ax.figure.get_figwidth() / columns) - 8)
     ax.annotate(
@@ -173,18 +172,16 @@ def note(ax, text):
     )
 
 
-def note_not_finite(ax, bad):
-    """Say which epochs could not be drawn. bad: {run name: epochs}."""
-    few = lambda epochs: (
-        ", ".join(f"{e:g}" for e in epochs[:6]) + (" ..." if len(epochs) > 6 else "")
-    )
-    parts = [f"{label(name)} {few(epochs)}" for name, epochs in bad.items() if len(epochs)]
+def note_not_finite(ax, bad, unit="epoch"):
+    """Note which epochs or frames could not be drawn; bad: {run name: their numbers}."""
+    few = lambda xs: ", ".join(f"{x:g}" for x in xs[:6]) + (" ..." if len(xs) > 6 else "")
+    parts = [f"{label(name)} {few(xs)}" for name, xs in bad.items() if len(xs)]
     if parts:
-        note(ax, "Not finite, so not drawn: epoch " + "; ".join(parts))
+        note(ax, f"Not finite, so not drawn: {unit} " + "; ".join(parts))
 
 
 def epoch_axis(ax, runs):
-    """Whole epochs on the x axis, with some room on both sides."""
+    """Set whole epochs on the x axis, with some room on both sides."""
     first = min(r.history["epoch"][0] for r in runs)
     # the last epoch of a run fitted to its time is repeated, so its steps may end later
     last = max(r.history["epoch"][-1] + 1 for r in runs)
@@ -195,17 +192,17 @@ def epoch_axis(ax, runs):
 
 
 def share_axis(ax):
-    """A y axis for what lies between 0 and 1."""
+    """Set a y axis for values between 0 and 1."""
     ax.set_ylim(-0.05, 1.08)
 
 
 def finite(runs, *quantities):
-    """All values of some quantities, by step and by epoch, for the choice of an axis."""
+    """Return all values of some quantities, by step and by epoch: a list of arrays."""
     return [y for r in runs for q in quantities for _, y in (by_step(r, q), by_epoch(r, q))]
 
 
 def log_where_it_helps(ax, series):
-    """A log axis where positive values span a factor above 8; with zeros, linear near zero."""
+    """Set a log axis if positive values span a factor above 8; with zeros, linear near zero."""
     values = np.concatenate([s[np.isfinite(s)] for s in series])
     positive = values[values > 0]
     if len(positive) and len(positive) == len(values) and values.max() > 8 * values.min():
@@ -234,8 +231,7 @@ def log_where_it_helps(ax, series):
 
 
 def cut_low_outliers(ax, drawn, x_name):
-    """Where a few values lie so far down that they would flatten all others, cut the axis and say
-    so.
+    """Cut the axis, with a note, where a few low values would flatten all others.
 
     drawn: [(run name, colour, x, y, how much x is above the number that x_name has)].
     """
@@ -272,7 +268,7 @@ def cut_low_outliers(ax, drawn, x_name):
 
 
 def legend_on_top(fig, ax):
-    """One legend for the figure, above its panels."""
+    """Draw one legend for the figure, above its panels."""
     handles, names = ax.get_legend_handles_labels()
     widest = max(map(len, names))
     lines = math.ceil(len(names) / max(1, 105 // (widest + 9)))
@@ -286,7 +282,7 @@ def legend_on_top(fig, ax):
 
 
 def panels(runs, wide=2.45, narrowest=4.6):
-    """(rows, columns, width in inches) of a figure with a panel for each run."""
+    """Return (rows, columns, width in inches) of a figure with a panel for each run."""
     columns = len(runs) if len(runs) <= 4 else 3
     return math.ceil(len(runs) / columns), columns, max(narrowest, wide * columns)
 
@@ -295,7 +291,7 @@ def panels(runs, wide=2.45, narrowest=4.6):
 
 
 def draw_validation(ax, runs, column, name=lambda r: label(r.label), ring=True):
-    """Validation PSNR in dB, at the end of each epoch; the best epoch ringed."""
+    """Draw validation PSNR in dB at the end of each epoch; ring the best epoch."""
     bad, drawn = {}, []
     for i, r in enumerate(runs):
         x, y = r.history["epoch"] + 1, r.history[column]
@@ -320,12 +316,12 @@ def draw_validation(ax, runs, column, name=lambda r: label(r.label), ring=True):
 
 
 def reconstruction_title(runs):
-    """The reconstruction under its own name."""
+    """Return the title of the reconstruction, with the objectives of the runs."""
     return "Reconstruction (" + " or ".join(sorted({objective(r) for r in runs})) + ")"
 
 
 def loss_curves(runs):
-    """Total loss, reconstruction, KL and its weight; validation PSNR beside them."""
+    """Draw total loss, reconstruction, MSE, KL and its weight; validation PSNR beside them."""
     fig = new_figure(9.6, 8.4, layout="constrained")
     axes = fig.subplots(3, 2, sharex=True)
     logarithm = any(objective(r) == "log-MSE" for r in runs)
@@ -357,7 +353,7 @@ def loss_curves(runs):
 
 
 def loss_parts(runs):
-    """The total loss of each run over the areas of its two terms."""
+    """Draw the total loss of each run over the areas of its two terms."""
     rows, columns, width = panels(runs)
     fig = new_figure(width, 2.5 * rows + 0.3, layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -392,7 +388,7 @@ def loss_parts(runs):
 
 
 def finish_panels(fig, axes, runs, columns, legend_columns):
-    """Hide the panels without a run, name the x axis under the last ones, one legend on top."""
+    """Hide the panels without a run, label the x axis of the last ones, draw one legend on top."""
     for i, ax in enumerate(axes.flat):
         ax.set_visible(i < len(runs))
         if i + columns >= len(runs):
@@ -404,7 +400,7 @@ def finish_panels(fig, axes, runs, columns, legend_columns):
 
 
 def same_schedule(runs):
-    """Groups of runs with the same beta at the same places."""
+    """Return groups of runs with the same beta at the same places."""
     groups = []
     for r in runs:
         x, y = by_step(r, "beta")
@@ -423,7 +419,7 @@ def same_schedule(runs):
 
 
 def beta_schedules(runs):
-    """Beta, one panel for each schedule."""
+    """Draw beta, one panel for each schedule."""
     groups = same_schedule(runs)
     rows, columns, width = panels(groups, narrowest=3.4)
     fig = new_figure(width, 2.2 * rows, layout="constrained")
@@ -445,7 +441,7 @@ def beta_schedules(runs):
 
 
 def forcing_panels(top, bottom, r):
-    """One run: ratio and share that was forced, over the loss."""
+    """Draw one run: ratio and teacher-forced share, over the loss."""
     blue, orange, black = STYLES[0][0], STYLES[1][0], "#000000"
     x, share = by_step(r, "tf_share")
     draw(
@@ -487,7 +483,7 @@ def forcing_panels(top, bottom, r):
 
 
 def teacher_forcing(runs):
-    """The ratio, the share that was forced and the loss of each run on one x axis."""
+    """Draw the ratio, the teacher-forced share and the loss of each run on one x axis."""
     blocks, columns, width = panels(runs)
     fig = new_figure(width, 4.1 * blocks, layout="constrained")
     axes = fig.subplots(
@@ -525,7 +521,7 @@ def teacher_forcing(runs):
 
 
 def teacher_forcing_losses(runs):
-    """Ratio, reconstruction and validation PSNR of all runs together."""
+    """Draw ratio, reconstruction and validation PSNR of all runs together."""
     fig = new_figure(7, 7.2, layout="constrained")
     axes = fig.subplots(3, 1, sharex=True, height_ratios=[1, 1.5, 1.3])
     for i, r in enumerate(runs):
@@ -545,7 +541,7 @@ def teacher_forcing_losses(runs):
 
 
 def val_psnr(runs):
-    """Validation PSNR by epoch: mean over the frames, and last frame."""
+    """Draw validation PSNR by epoch: mean over the frames, and last frame."""
     fig = new_figure(7, 6, layout="constrained")
     axes = fig.subplots(2, 1, sharex=True)
     draw_validation(axes[0], runs, "val_psnr_mean")
@@ -559,7 +555,7 @@ def val_psnr(runs):
 
 
 def psnr_per_frame(runs):
-    """PSNR of every frame of the best epoch's validation rollout."""
+    """Draw the PSNR of every frame of the best epoch's validation rollout."""
     fig = new_figure(7, 4.2, layout="constrained")
     ax = fig.subplots()
     bad, drawn, window, smoothed = {}, [], 15, False
@@ -586,14 +582,14 @@ def psnr_per_frame(runs):
     ax.set_title("Validation PSNR per frame" + lines)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     ax.margins(x=0.015)
-    note_not_finite(ax, bad)
+    note_not_finite(ax, bad, "frame")
     cut_low_outliers(ax, drawn, "frame")
     legend_on_top(fig, ax)
     return fig
 
 
 def psnr_cells(row):
-    """A row of `summarise` as the cells of a table, after run and epochs."""
+    """Return a row of `summarise` as the cells of a table, after run and epochs."""
     two = lambda key: "\u2013" if row[key] is None else f"{row[key]:.2f}"
     at = lambda key: "\u2013" if row[key] is None else f"{row[key]:.2f} ({row[key + '_frame']})"
     return [
@@ -608,7 +604,7 @@ def psnr_cells(row):
 
 
 def psnr_summary(runs):
-    """The table of the PSNRs, as a figure."""
+    """Draw the table of the PSNRs per frame, as a figure."""
     rows = [summarise(r) for r in runs]
     titles = [
         "Run",
@@ -673,7 +669,7 @@ LOSSES = (loss_curves, loss_parts, teacher_forcing, teacher_forcing_losses)
 
 
 def why_not(name, runs):
-    """The reason why a figure can't be drawn; None where it can be."""
+    """Return why a figure is left out ("" if no line is needed); None where it can be drawn."""
     measured = any(summarise(r)["psnr_mean"] is not None for r in runs)
     validated = any(np.isfinite(r.history["val_psnr_mean"]).any() for r in runs)
     if name == "val_psnr" and not validated:
@@ -686,7 +682,7 @@ def why_not(name, runs):
 
 
 def make_figure(function, runs):
-    """(figure or None, a line about what was left out or None)."""
+    """Return (figure or None, a line about what was left out or None)."""
     name = function.__name__
     reason = why_not(name, runs)
     if reason is not None:
@@ -711,9 +707,7 @@ def write(path, content):
 
 
 def render(figure, kind):
-    """The bytes of a figure as 'png' or 'pdf'; without a date, so that equal runs give equal
-    files.
-    """
+    """Return a figure's bytes as 'png' or 'pdf', without a date: equal runs give equal files."""
     buffer = io.BytesIO()
     dateless = {"CreationDate": None} if kind == "pdf" else None
     with matplotlib.rc_context(SETTINGS):
@@ -722,7 +716,7 @@ def render(figure, kind):
 
 
 def summary_csv(runs):
-    """The text of psnr_summary.csv."""
+    """Return the text of psnr_summary.csv."""
     buffer = io.StringIO()
     rows = [
         {k: round(v, 4) if isinstance(v, float) else v for k, v in summarise(r).items()}
@@ -735,7 +729,7 @@ def summary_csv(runs):
 
 
 def write_figure(figure, name, out):
-    """Write a figure as PNG and PDF. Return the PNG's bytes."""
+    """Write a figure as PNG and PDF; return the PNG's bytes."""
     picture = render(figure, "png")
     write(out / f"{name}.png", picture)
     write(out / f"{name}.pdf", render(figure, "pdf"))
@@ -743,7 +737,7 @@ def write_figure(figure, name, out):
 
 
 def write_figures(runs, out, functions=FIGURES):
-    """Draw and write figures. Return {name: PNG bytes} and {name: what was left out}.
+    """Draw and write figures; return {name: PNG bytes} and {name: line on what is left out}.
 
     Losses of different objectives have no axis in common: each objective has figures of its own.
     """

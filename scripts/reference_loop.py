@@ -1,7 +1,7 @@
-"""The lab's training step and rollout in their plainest form: one label and one frame at a time.
+"""Define the lab's training step and rollout in their plainest form, one label and frame at a time.
 
-Written to be read: docs/RECIPE.md shows `reference_loss` as Algorithm 1. `VAE_Model` computes the
-same faster; tests/test_step.py and tests/test_gpu.py hold it against this file, and
+docs/RECIPE.md shows the core of `reference_loss` as Algorithm 1. `VAE_Model` computes the same
+faster; tests/test_step.py and tests/test_gpu.py compare it with this file, and
 scripts/benchmark.py times the two side by side.
 
 A `model` is anything that has the lab's five networks under the template's names.

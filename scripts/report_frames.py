@@ -1,5 +1,4 @@
-"""The frames of validation rollouts in a report: read from val_pred.gif, best and worst, the
-player's sheets.
+"""Read the frames of val_pred.gif, draw the best and worst, lay out the player's sheets.
 
 Not a program; make_report.py and draw_frames.py use it.
 """
@@ -21,11 +20,10 @@ SCALE = 4  # how much larger than they are frames are shown
 
 
 def read_rollout(path):
-    """The frames of val_pred.gif, one for each tick: uint8 (ticks, H, 3 * W, 3). None where there
-    is no GIF.
+    """Return the frames of val_pred.gif, uint8 (ticks, H, 3 * W, 3); None where there is no GIF.
 
-    Pillow writes equal neighbours as one frame that lasts longer; its duration says how many there
-    were.
+    Pillow writes equal neighbours as one frame that lasts longer; such a frame is repeated for each
+    tick. UserError for a file that is no GIF of three images side by side.
     """
     if not path.is_file():
         return None
@@ -46,7 +44,7 @@ def read_rollout(path):
 
 
 def add_frames(run):
-    """Give a run its frames (ticks, H, 3 * W, 3), the number of the first, and any problem."""
+    """Set a run's frames (ticks, H, 3 * W, 3), the number of the first, and any problem."""
     run.frames = read_rollout(run.path / "val_pred.gif")
     run.first, run.problem = 1, None
     if run.frames is None:
@@ -64,9 +62,7 @@ def add_frames(run):
 
 
 def best_and_worst(run, count=3):
-    """Indices into run.psnr of the best and of the worst frames, apart from each other: neighbours
-    look the same.
-    """
+    """Return (best, worst), indices into run.psnr; each skips neighbours, which look the same."""
     order = [i for i in np.argsort(run.psnr["psnr"]) if np.isfinite(run.psnr["psnr"][i])]
     apart = max(1, len(order) // 20)
 
@@ -81,9 +77,7 @@ def best_and_worst(run, count=3):
 
 
 def draw_column(fig, image, rectangles):
-    """Pose, prediction and ground truth of one frame, each at its place (left, bottom, width,
-    height).
-    """
+    """Draw a frame's pose, prediction and ground truth, each in (left, bottom, width, height)."""
     width = image.shape[1] // 3
     for row, rectangle in enumerate(rectangles):
         ax = fig.add_axes(rectangle)
@@ -97,7 +91,7 @@ def draw_column(fig, image, rectangles):
 
 
 def frames_figure(run):
-    """Best and worst frames of a run: pose, prediction and ground truth under each other."""
+    """Draw best and worst frames of a run: pose, prediction, ground truth under each other."""
     best, worst = best_and_worst(run)
     height, width = run.frames.shape[1], run.frames.shape[2] // 3
     columns, left, top, gap = len(best) + len(worst), 0.85, 0.42, 0.04  # inches
@@ -141,7 +135,7 @@ def frames_figure(run):
 
 
 def encode(images, kind, **options):
-    """Images as data URIs."""
+    """Return images as data URIs."""
     encoded = []
     for image in images:
         buffer = io.BytesIO()
@@ -152,9 +146,7 @@ def encode(images, kind, **options):
 
 
 def lay_out(runs):
-    """All frames as sheets, each once (all runs see the same poses): {(shape, bytes): number},
-    {run name: layout}.
-    """
+    """Return the distinct sheets of frames, {(shape, bytes): number}, and {run name: layout}."""
     panels, layouts = {}, {}
     for r in runs:
         ticks, height, triple = r.frames.shape[:3]
@@ -179,9 +171,7 @@ def lay_out(runs):
 
 
 def sprite_sheets(runs, budget):
-    """The frames of all runs for the page: (sheets as data URIs, {run name: layout}, a line about
-    loss or None).
-    """
+    """Return (sheets as data URIs, {run name: layout}, a line about lossy storage or None)."""
     panels, layouts = lay_out(runs)
     images = [
         Image.fromarray(np.frombuffer(data, np.uint8).reshape(shape)) for shape, data in panels
@@ -204,9 +194,7 @@ def sprite_sheets(runs, budget):
 
 
 def player_data(runs, layouts, sheets):
-    """What the page's script gets: frames, and for each run its colour and PSNR by frame (null
-    where not finite).
-    """
+    """Return the script's data: sheets, and each run's layout, colour and {frame: finite PSNR}."""
     entries = []
     for i, r in enumerate(runs):
         if r.name in layouts:

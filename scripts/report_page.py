@@ -1,10 +1,9 @@
-"""Write a report's blocks as HTML: one file with its style, script, figures and frames, nothing
-else to load.
+"""Write a report's blocks as HTML: one file with its style, script, figures and frames.
 
 Not a program; make_report.py uses it. report_page.html is the page, with {{PLACES}} to fill. The
-script there draws the player from {{DATA}}: `sheets` (data URIs of all frames of a kind, one behind
-the other), `runs` (each with its three sheets, its colour and its PSNR by frame), `tick` and
-`scale`.
+script there draws the player from {{DATA}}: `sheets` (data URIs; a sheet has all frames of a kind
+in rows), `runs` (each with the numbers of its three sheets, its colour and its PSNR by frame),
+`tick` and `scale`.
 """
 
 import base64
@@ -23,7 +22,7 @@ FORMULA = re.compile(r"\$\$.+?\$\$|\$[^\s$](?:[^$\n]*[^\s$])?\$", re.S)
 
 
 def inline(text):
-    """Escaped text with `code` marked up."""
+    """Return escaped text with `code` marked up."""
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
 
 
@@ -31,9 +30,7 @@ def inline(text):
 
 
 def formula(state, silent):
-    """A rule for markdown-it: $...$ and $$...$$ stay the text they are, their * and _ mark nothing
-    up.
-    """
+    """Match $...$ or $$...$$ as a markdown-it rule, so that its * and _ mark nothing up."""
     match = FORMULA.match(state.src, state.pos)
     if not match:
         return False
@@ -44,7 +41,7 @@ def formula(state, silent):
 
 
 def embed(folder, source):
-    """An image file beside the report as a data URI; None where it isn't one."""
+    """Return an image file inside `folder` as a data URI; None where it isn't one."""
     try:
         path = (folder / source).resolve()
         kind = mimetypes.guess_type(path.name)[0] or ""
@@ -57,7 +54,7 @@ def embed(folder, source):
 
 
 def markdown_renderer(folder):
-    """A function from Markdown to HTML; None where markdown-it-py is not installed."""
+    """Return a function from Markdown to HTML; None where markdown-it-py is not installed."""
     try:
         from markdown_it import MarkdownIt  # optional: requirements-dev.txt
     except ImportError:
@@ -85,9 +82,7 @@ def markdown_renderer(folder):
 
 
 def written(text, render):
-    """The writer's text as HTML, and the class of its place: plain text where there is no
-    renderer.
-    """
+    """Return the user's text as HTML, plain where there is no renderer, and its place's class."""
     if not text or render is None:
         return html.escape(text), "analysis"
     rendered = render(text).strip()
@@ -95,7 +90,7 @@ def written(text, render):
 
 
 def label_columns(text):
-    """Give the cells of tables the names of their columns, which narrow screens show."""
+    """Return HTML whose table cells have the names of their columns, for narrow screens."""
 
     def one(match):
         heads = [
@@ -108,7 +103,7 @@ def label_columns(text):
 
 
 def number_cells(row, heads):
-    """A table row whose cells know their columns."""
+    """Return a table row whose cells have the names of their columns."""
     names = iter(heads)
     return re.sub(r"<td", lambda _: f'<td data-column="{next(names, "")}"', row)
 
@@ -117,7 +112,7 @@ def number_cells(row, heads):
 
 
 def html_table(rows):
-    """A table with a header row."""
+    """Return a table with a header row as HTML."""
     head = "".join(f"<th>{inline(cell)}</th>" for cell in rows[0])
     names = [html.escape(cell.replace("`", "")) for cell in rows[0]]
     body = "".join(
@@ -130,7 +125,7 @@ def html_table(rows):
 
 
 def html_pairs(rows):
-    """A long list of pairs, set in columns."""
+    """Return a long list of pairs as HTML, set in columns; the header row is left out."""
     pairs = "".join(
         f"<div><span>{inline(a)}</span><span>{inline(b)}</span></div>" for a, b in rows[1:]
     )
@@ -138,7 +133,7 @@ def html_pairs(rows):
 
 
 def html_figure(picture, caption):
-    """A figure from the bytes of a PNG; its letters are about as large as the page's."""
+    """Return a PNG's bytes as an HTML figure; its letters are about as large as the page's."""
     width = round(Image.open(io.BytesIO(picture)).width * 0.72)
     data = base64.b64encode(picture).decode()
     return (
@@ -149,7 +144,7 @@ def html_figure(picture, caption):
 
 
 def html_code(found):
-    """Functions, each under its file and line."""
+    """Return functions as HTML, each under its file and line."""
     return "".join(
         f'<p class="place"><code>{f.name}</code> in {f.file}, line {f.line}</p>'
         f"<pre>{html.escape(f.text)}</pre>"
@@ -158,7 +153,7 @@ def html_code(found):
 
 
 def html_analysis(key, prompt, text, render):
-    """A place for the writer's text, with what is in it so far."""
+    """Return a place for the user's analysis as HTML, with the text written so far."""
     inside, kind = written(text, render)
     return (
         f'<div class="{kind}" contenteditable="true" role="textbox" aria-multiline="true" '
@@ -168,7 +163,7 @@ def html_analysis(key, prompt, text, render):
 
 
 def write_body(blocks, analysis, figures, render):
-    """The blocks as HTML."""
+    """Return the blocks as HTML."""
     out = []
     for kind, content in blocks:
         if kind == "h2":
@@ -196,7 +191,7 @@ def write_body(blocks, analysis, figures, render):
 
 
 def write_page(blocks, title, who, name, analysis, figures, data, render):
-    """The whole page as text. name: the document's, under which a browser saves its PDF."""
+    """Return the whole page as text; a browser saves its PDF under `name`."""
     parts = {
         "TITLE": html.escape(title),
         "NAME": html.escape(name),

@@ -1,8 +1,7 @@
-"""The settings and numbers of runs as tables of a report: lists of rows of strings, a header row
-first.
+"""Build the tables of a report: lists of rows of strings, a header row first.
 
-Not a program; make_report.py uses it. Settings are what was asked for; everything else is what was
-recorded.
+Not a program; make_report.py uses it. Settings are the flags that were given or their defaults;
+everything else was recorded during training.
 """
 
 import math
@@ -25,9 +24,7 @@ COINCIDE = 0.02  # mean difference between two curves in [0, 1] below which they
 
 
 def read_settings(path):
-    """The flags a run was trained with, from its checkpoint: a dict, or None where no checkpoint
-    has them.
-    """
+    """Return a run's flags from a checkpoint, None where none has them; UserError if damaged."""
     for name in ("last.ckpt", "best.ckpt"):
         if (path / name).is_file():
             try:
@@ -57,25 +54,25 @@ def read_settings(path):
 
 
 def with_settings(runs):
-    """The runs whose settings are known."""
+    """Return the runs whose settings are known."""
     return [r for r in runs if r.settings is not None]
 
 
 def fmt_setting(value):
-    """A flag's value as people write it."""
+    """Format a flag's value: "yes", "no", "not set", or the value as text."""
     words = {True: "yes", False: "no", None: "not set"}
     return words[value] if isinstance(value, (bool, type(None))) else str(value)
 
 
 def same_values(values):
-    """Whether all are equal, and of one type: True is not 1."""
+    """Return whether all values are equal; a bool equals no number: True is not 1."""
     return all(
         v == values[0] and isinstance(v, bool) == isinstance(values[0], bool) for v in values
     )
 
 
 def split_columns(rows, keep, most=5):
-    """A table as several that a page holds: the first `keep` columns and `most` of the others."""
+    """Split a table: each part has the first `keep` columns and at most `most` of the others."""
     if not rows:
         return []
     starts = range(keep, len(rows[0]), most)
@@ -83,9 +80,7 @@ def split_columns(rows, keep, most=5):
 
 
 def settings_tables(runs):
-    """(rows of what differs between the runs, rows of what is equal), for the full list at the
-    end.
-    """
+    """Return (rows of what differs between the runs, rows of what is equal in all)."""
     known = with_settings(runs)
     differs, equal = [["Flag", *(r.label for r in known)]], [["Flag", "Value"]]
     for flag in sorted({flag for r in known for flag in r.settings}):
@@ -98,11 +93,10 @@ def settings_tables(runs):
 
 
 def against_template(runs, flags=None):
-    """(a sentence about what all runs set otherwise than the template, rows of what differs
-    between them).
+    """Return (a sentence on what all runs set unlike the template, rows of how they differ).
 
-    flags: only these; None: all that say what is trained. Both are None where there is nothing to
-    say.
+    flags: only these; None: all that affect training, except DR and seed. The sentence and the rows
+    are None where there is nothing to report. The rows have the template's values beside the runs'.
     """
     known = with_settings(runs)
     rows, common = [["Flag", "Template", *(r.label for r in known)]], []
@@ -131,7 +125,7 @@ def against_template(runs, flags=None):
 
 
 def fmt(value, digits=4):
-    """A number as people write it; an en dash where there is none."""
+    """Format a number with `digits` significant digits; an en dash where there is none."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return DASH
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -147,7 +141,7 @@ def fmt_time(seconds):
 
 
 def best_psnr(run):
-    """The best validation PSNR as text."""
+    """Return the validation PSNR of the best epoch as text."""
     h, best = run.history, summarise(run)["best_epoch"]
     return (
         DASH
@@ -157,7 +151,7 @@ def best_psnr(run):
 
 
 def runs_table(uses):
-    """uses: [(run, the sections it serves)]."""
+    """Return the table of runs; uses: [(run, the sections it serves)]."""
     rows = [["Run", "Serves", "Epochs", "Steps", "Training time", "Best validation PSNR (dB)"]]
     for r, sections in uses:
         steps = DASH if r.steps is None else f"{r.steps['step'][-1]:,.0f}"
@@ -175,7 +169,7 @@ def runs_table(uses):
 
 
 def cycles(beta):
-    """How often beta rises from near 0 to near 1."""
+    """Return how often beta rises from near 0 to near 1."""
     count, low = 0, False
     for value in beta:
         if value < 0.15:
@@ -186,7 +180,7 @@ def cycles(beta):
 
 
 def beta_table(runs):
-    """The weight on KL that was in force."""
+    """Return the table of beta and of the weight on KL, as recorded."""
     rows = [
         [
             "Run",
@@ -251,18 +245,18 @@ def loss_table(runs):
 
 
 def place(epoch):
-    """A decimal epoch as people write it."""
+    """Format a decimal epoch; an en dash for None."""
     return DASH if epoch is None else f"{epoch:.2f}"
 
 
 def near(run, epoch):
-    """The reconstruction of a run at a decimal epoch, as text."""
+    """Return the reconstruction of a run at a decimal epoch, as text."""
     x, part = by_step(run, "reconstruction")
     return fmt(None if epoch is None else float(part[np.abs(x - epoch).argmin()]))
 
 
 def forcing_table(runs):
-    """The teacher forcing that was in force, and the reconstruction around its drop."""
+    """Return the table of recorded teacher forcing, and the reconstruction around its drop."""
     rows = [
         [
             "Run",
@@ -353,15 +347,13 @@ def speed_table(runs):
 
 
 def curve(run, quantity, places=400):
-    """A recorded schedule at equal shares of the run."""
+    """Return a recorded schedule at `places` evenly spaced points of the run."""
     x, y = by_step(run, quantity)
     return np.interp(np.linspace(x[0], x[-1], places), x, y)
 
 
 def warnings(runs, quantity, name):
-    """Sentences about recorded schedules that compare nothing: equal ones, annealed ones that
-    never reach 1.
-    """
+    """Return lines on invalid comparisons: unequal lengths, equal schedules, beta never near 1."""
     lengths = {r.label: len(r.history["epoch"]) for r in runs}
     said = []
     if len(set(lengths.values())) > 1:

@@ -1,5 +1,4 @@
-"""Read what Trainer.py left in its run folders; plot_runs.py and make_report.py draw and write from
-it.
+"""Read the run folders that Trainer.py wrote, for plot_runs.py and make_report.py.
 
 Not a program. `load_runs` returns one namespace a folder: path, name, label (the name in figures),
 history, steps, psnr.
@@ -28,7 +27,7 @@ BY_EPOCH = {
 
 
 def read_rows(path, columns):
-    """The header of a CSV file with at least `columns`, and its rows as (line number, cells)."""
+    """Return the header of a CSV file that has `columns`, and its rows as (line number, cells)."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = [
@@ -50,9 +49,7 @@ def read_rows(path, columns):
 
 
 def read_number(name, cell):
-    """The number in a cell: NaN where it is empty, inf where it is not finite; PSNR ends at 100
-    dB.
-    """
+    """Return a cell's number: NaN if empty, inf if not finite; PSNR is at most 100 dB."""
     if not cell.strip():
         return math.nan
     value = float(cell)
@@ -62,10 +59,10 @@ def read_number(name, cell):
 
 
 def read_table(path, columns):
-    """{column: float array} of a CSV file whose header has at least `columns`.
+    """Return {column: float array} of a CSV file whose header has at least `columns`.
 
-    An empty cell was not measured: NaN. A cell that says nan or inf was measured and is not finite:
-    inf, so that it gets shown.
+    An empty cell was not measured: NaN. A cell with nan or inf was measured and is not finite: inf,
+    so that figures show it. UserError for a damaged file.
     """
     header, rows = read_rows(path, columns)
     values = []
@@ -84,7 +81,7 @@ def read_table(path, columns):
 
 
 def name_runs(paths):
-    """A name for each folder: its own, or as much of its path as tells it from the others."""
+    """Return a distinct name for each folder: its own, or with its parent's, or its path."""
     for name in (
         lambda p: p.resolve().name,
         lambda p: str(Path(p.resolve().parent.name) / p.resolve().name),
@@ -97,18 +94,18 @@ def name_runs(paths):
 
 
 def without_annealing(run):
-    """Whether beta was 1 throughout."""
+    """Return whether beta was 1 throughout."""
     return np.allclose(run.history["beta"], 1)
 
 
 class Run(SimpleNamespace):
-    """A namespace that is equal to itself alone."""
+    """Hold what was read from a run folder; a Run is equal to itself alone."""
 
     __eq__, __hash__ = object.__eq__, object.__hash__
 
 
 def read_run(path, name):
-    """One run folder as a namespace."""
+    """Return one run folder as a Run."""
     optional = lambda file, columns: (
         read_table(path / file, columns) if (path / file).is_file() else None
     )
@@ -126,7 +123,7 @@ def read_run(path, name):
 
 
 def load_runs(paths):
-    """Read every run folder."""
+    """Return a Run for each folder; UserError for one that is no run folder or is given twice."""
     paths = [Path(path) for path in paths]
     for path in paths:
         if not path.is_dir():
@@ -142,7 +139,7 @@ def load_runs(paths):
 
 
 def objective(run):
-    """What measured the reconstruction, seen from the numbers alone: "MSE" or "log-MSE"."""
+    """Return the objective of the reconstruction, "MSE" or "log-MSE", from the numbers alone."""
     h = run.history
     return (
         "MSE"
@@ -152,7 +149,7 @@ def objective(run):
 
 
 def by_objective(runs):
-    """Groups of runs whose losses can stand on one axis: [(suffix of the figures, name, runs)]."""
+    """Return groups of runs whose losses can share an axis: [(figures' suffix, name, runs)]."""
     groups = {}
     for run in runs:
         groups.setdefault(objective(run), []).append(run)
@@ -163,7 +160,7 @@ def by_objective(runs):
 
 
 def kl_weight(run, epochs):
-    """The constant factor beside beta at decimal epochs."""
+    """Return the constant factor beside beta at decimal epochs."""
     h = run.history
     return h["kl_weight"][
         np.clip(np.searchsorted(h["epoch"], np.floor(epochs)), 0, len(h["epoch"]) - 1)
@@ -171,7 +168,7 @@ def kl_weight(run, epochs):
 
 
 def by_epoch(run, quantity):
-    """(x, y) of a quantity's means over the epochs, each in the middle of its epoch."""
+    """Return (x, y) of a quantity's means over the epochs, each in the middle of its epoch."""
     h = run.history
     if quantity == "weight":
         return h["epoch"] + 0.5, h["beta"] * h["kl_weight"]
@@ -179,9 +176,7 @@ def by_epoch(run, quantity):
 
 
 def by_step(run, quantity):
-    """(x, y) of a quantity from steps.csv, x in epochs; the means over the epochs where there is
-    no such file.
-    """
+    """Return (x, y) of a quantity from steps.csv, x in epochs; without the file, `by_epoch`."""
     if run.steps is None:
         return by_epoch(run, quantity)
     s = run.steps
@@ -191,7 +186,7 @@ def by_step(run, quantity):
 
 
 def summarise(run):
-    """The numbers of one run, as a dict; None where they were not measured."""
+    """Return the numbers of one run as a dict; None where they were not measured."""
     history, mean = run.history, run.history["val_psnr_mean"]
     row = {"run": run.label, "epochs": len(mean), "best_epoch": None}
     if np.isfinite(mean).any():

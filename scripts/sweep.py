@@ -3,12 +3,12 @@
     python scripts/sweep.py kl DATA OUT [--jobs N] [any Trainer flags]
     python scripts/sweep.py tfr DATA OUT [--jobs N] [any Trainer flags]
 
-sweep_kl.sh and sweep_tfr.sh call it. Before training, the curves of the strategies are laid out: a
-sweep whose runs would not differ, or never reach 0 or 1, is refused. Each run lands in OUT/{name}/,
-with what it printed in OUT/{name}/train.log; figures and report.html land in OUT/. Called again,
-the sweep skips the runs that are done and resumes the others. OUT/sweep.json holds the flags of the
+sweep_kl.sh and sweep_tfr.sh call it. Before training, the schedules of the strategies are computed:
+a sweep whose runs would not differ, or never reach 0 or 1, is refused. Each run is written to
+OUT/{name}/, its output to OUT/{name}/train.log, figures and report.html to OUT/. Called again, the
+sweep skips the runs that are done and resumes the others. OUT/sweep.json holds the flags of the
 sweep and the runs that are done. Exit status: 0 done, 1 a run failed, 2 wrong input (also where
-every failed run says so), 130 and 143 stopped by Ctrl-C and SIGTERM.
+every failed run reports it), 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM.
 """
 
 import argparse
@@ -49,16 +49,15 @@ POLL = 0.2  # seconds between two looks at the children
 
 
 def kl_runs(args):
-    """The three strategies of the assignment: {name: flags}."""
+    """Return the three strategies of the assignment: {name: flags}."""
     return {kind: {"kl_anneal_type": kind} for kind in ("Cyclical", "Monotonic", "None")}
 
 
 def tfr_runs(args):
-    """Four teacher forcing strategies: {name: flags}; beta is 1 throughout in all of them.
+    """Return four teacher forcing strategies: {name: flags}; beta is 1 throughout in all.
 
-    Both decays take a seventh of the run. One starts after a seventh as the template's does, the
-    other
-    after four.
+    Both decays take a seventh of the run. One starts after a seventh, as the template's does, the
+    other after four, or earlier where it would not reach 0 by the end.
     """
     n = args.num_epoch
     length, step = decay_length(n), drop(decay_length(n))
@@ -81,9 +80,7 @@ def tfr_runs(args):
 
 
 def own_defaults(kind, args):
-    """What a sweep sets where the command line says nothing, so that other factors are out of the
-    way.
-    """
+    """Return a sweep's own {flag: default}, which keep the other factors constant."""
     own = {"seed": args.seed}
     if kind == "tfr":
         own["kl_weight"] = min(VISIBLE_KL, args.kl_weight)
@@ -100,14 +97,12 @@ def own_defaults(kind, args):
 
 
 def decay_length(num_epoch):
-    """Epochs of a decay of teacher forcing: the template's 10 of 70, two in short runs, for a
-    slope to see.
-    """
+    """Return a decay's epochs: num_epoch / 7 as in the template; at least 2 if num_epoch >= 4."""
     return max(2 if num_epoch >= 4 else 1, round(num_epoch / 7))
 
 
 def drop(length):
-    """1 / length rounded up, so that the last step reaches 0."""
+    """Return 1 / length rounded up, so that the last step reaches 0."""
     return math.ceil(1e6 / length) / 1e6
 
 
@@ -117,7 +112,7 @@ FLAT = {"None", "always", "never"}  # strategies that need not move
 
 
 def curves(kind, args):
-    """The schedule of each strategy over the run: {name: values}."""
+    """Return the schedule of each strategy over the run: {name: values}."""
     places = 1000 if continuous(args) else args.num_epoch
     at = [args.num_epoch * (i + 0.5) / places if continuous(args) else i for i in range(places)]
     schedule = QUANTITY[kind][1]
@@ -128,9 +123,7 @@ def curves(kind, args):
 
 
 def problem(kind, args):
-    """Why the strategies could not be told apart, or are not what they are called; None where all
-    is well.
-    """
+    """Return why strategies are too alike or do not reach 0 or 1; None where all is well."""
     laid_out, what = curves(kind, args), QUANTITY[kind][0]
     for name, values in laid_out.items():
         high = sum(value >= 1 - REACHED for value in values)
@@ -152,7 +145,7 @@ def problem(kind, args):
 
 
 def remedies(kind, args):
-    """The changes of flags that would help, as text."""
+    """Return the changes of flags that would help, as text."""
     changed = lambda **flags: argparse.Namespace(**{**vars(args), **flags})
     found = []
     cycles = " ".join(f"--{flag} {value}" for flag, value in CYCLES.items())
@@ -172,7 +165,7 @@ def remedies(kind, args):
 
 
 def check_curves(kind, args):
-    """UserError where a sweep would compare nothing."""
+    """Raise UserError where a sweep would compare nothing or its epochs are not known before."""
     if args.max_minutes and not continuous(args):
         raise UserError(
             "--max_minutes: with --recipe template schedules go by whole epochs, and how many of "
@@ -184,7 +177,7 @@ def check_curves(kind, args):
 
 
 def sweep_parser(kind):
-    """Trainer.py's parser, for the sweep's command line."""
+    """Return Trainer.py's parser, changed for the sweep's command line."""
     from Trainer import build_parser  # here: it loads torch, which takes seconds
 
     parser = build_parser()
@@ -215,9 +208,7 @@ def words_of(action, value):
 
 
 def parse(argv):
-    """The command line as (kind, args, {flag: words to hand to Trainer.py}). Checks every flag
-    now, once.
-    """
+    """Return (kind, args, {flag: words for Trainer.py}); UserError for any wrong flag."""
     kind = argv[0] if argv else ""
     if kind not in TURNED:
         raise UserError(f"sweep.py {kind}: expected kl or tfr")
@@ -245,7 +236,7 @@ def parse(argv):
 
 
 class Record:
-    """OUT/sweep.json: the flags that make the sweep's runs comparable, and which runs are done."""
+    """Keep OUT/sweep.json: the flags that make the runs comparable, and which runs are done."""
 
     def __init__(self, out, kind, data, flags):
         self.path, self.out = out / "sweep.json", out
@@ -290,7 +281,7 @@ class Record:
 
 
 def last_line(log):
-    """What a run said last."""
+    """Return the last line that a run printed."""
     lines = [
         line.strip()
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -300,7 +291,7 @@ def last_line(log):
 
 
 def last_epoch(folder):
-    """The newest row of a run's history.csv; None before the first epoch has ended."""
+    """Return the newest row of a run's history.csv; None before the first epoch has ended."""
     try:
         with open(folder / "history.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -320,7 +311,7 @@ def tell_epoch(name, row, num_epoch):
 
 
 def start(name, words, out, jobs):
-    """Start a script of the root, words[0], in a session of its own: Ctrl-C reaches it once."""
+    """Start the script words[0] of the root in its own session: Ctrl-C reaches the sweep alone."""
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / words[0]), *words[1:]]
@@ -341,7 +332,7 @@ def start(name, words, out, jobs):
 
 
 def end(child, at_once):
-    """Ask a run to save and stop; at once: end it with all that it started."""
+    """Ask a run to save and stop; with `at_once`, kill it and all that it started."""
     try:
         if os.name == "nt":  # Ctrl-C reaches every process of a console there, and none has a group
             if at_once:
@@ -355,9 +346,7 @@ def end(child, at_once):
 
 
 class Stop:
-    """Remembers the signals that ask the sweep to stop: the first lets the runs save, the second
-    does not wait.
-    """
+    """Record the signals to stop the sweep: at the first the runs save, the second kills them."""
 
     def __init__(self):
         self.signals = []
@@ -372,9 +361,7 @@ class Stop:
 
 
 def train_all(runs, out, jobs, num_epoch, record, stop):
-    """Train what is not done, `jobs` at a time. Returns {name: exit status} of the runs that
-    failed.
-    """
+    """Train what is not done, `jobs` at a time; return {name: exit status} of failed runs."""
     waiting = [name for name in runs if not record.done(name)]
     for name in runs:
         if name not in waiting:
@@ -418,7 +405,7 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
 
 
 def tell_failed(failed, out):
-    """Print a line for each run that failed, {name: exit status}. Returns the exit status."""
+    """Print a line for each failed run, {name: exit status}; return the sweep's exit status."""
     for name, status in failed.items():
         log = out / name / "train.log"
         print(
@@ -429,7 +416,7 @@ def tell_failed(failed, out):
 
 
 def write_report(kind, folders, out):
-    """Figures and page of all runs that have a history. Returns the exit status."""
+    """Write figures and page of the runs in `folders`; return the exit status."""
     if not folders:
         return 0
     say(f"figures and report of {', '.join(folder.name for folder in folders)}")
@@ -439,9 +426,7 @@ def write_report(kind, folders, out):
 
 
 def sweep(kind, args, flags, out):
-    """Train and report, with the folder held. Returns ({name: exit status} of what failed, exit
-    status).
-    """
+    """Train and report; return ({name: exit status} of what failed, exit status)."""
     record = Record(out, kind, Path(args.data), flags)
     common = [word for words in flags.values() for word in words]
     runs = {}

@@ -141,6 +141,8 @@ def test_values_that_are_not_finite_are_named_in_the_figure(tmp_path):
     rows[4][header.index("train_loss")], rows[4][header.index("val_psnr_mean")] = "nan", "-300"
     (run / "history.csv").write_text("\n".join(map(",".join, [header, *rows])) + "\n")
     assert "Not finite, so not drawn: epoch a 4" in words(drawn("loss_curves", run))
+    (run / "psnr_per_frame.csv").write_text("frame,psnr\n1,30\n2,20\n3,nan\n4,21\n")
+    assert "Not finite, so not drawn: frame a 3" in words(drawn("psnr_per_frame", run))
     said = "Axis cut: 1 value lies below it (triangles); lowest -300.0 dB, a, epoch 4"
     assert said in words(drawn("val_psnr", run))
 

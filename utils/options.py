@@ -264,7 +264,7 @@ def add_forcing_flags(group):
 
 
 def add_loss_flags(group):
-    """Add the flags of the loss and of the annealing of its KL term."""
+    """Add the flags of the loss and of KL annealing. RECIPES overrides some defaults."""
     add = group.add_argument
     add("--objective", choices=("mse", "log_mse"), default="mse",
         help="reconstruction term: the MSE, or the logarithm of each frame's, which is what PSNR "
