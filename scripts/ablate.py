@@ -31,6 +31,7 @@ SETTINGS = {
     "pool": [],
     "template": ["--recipe", "template"],
     "no_ema": ["--ema", "0"],
+    "no_refresh": ["--no-refresh_norm"],
     "ema_0.99": ["--ema", "0.99"],
     "ema_0.9995": ["--ema", "0.9995"],
     "batch_1": ["--batch_size", "1"],
