@@ -488,7 +488,7 @@ class VAE_Model(nn.Module):
             f"{self.state.best_psnr:.2f} dB, in {self.args.save_root}")
 
     def train_epoch(self):
-        """Do the rest of the current epoch's training steps."""
+        """Do the rest of the epoch's training steps; frames generated in one go into the pool."""
         state, budget = self.state, self.session.budget
         steps, began = self.steps_in(self.current_epoch), time.monotonic() - state.seconds
         # with --max_minutes the last epoch is repeated until the time is over

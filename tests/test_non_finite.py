@@ -8,6 +8,7 @@ import torch
 
 import Tester
 import Trainer
+from utils import cli
 from utils.averaging import network_state
 from conftest import TINY, in_process, run_cli, steps
 from utils.checkpoint import read_checkpoint
@@ -164,7 +165,7 @@ def test_the_line_names_sequence_and_frame(model, sequence, frame):
     label = torch.rand(3, 45, 3, 16, 32)
     label[sequence, frame] = math.nan
     with pytest.raises(
-        Trainer.UserError, match=rf"sequence {sequence}: frame {frame} is not finite"
+        cli.UserError, match=rf"sequence {sequence}: frame {frame} is not finite"
     ):
         model.rollout(torch.rand(3, 3, 16, 32), label)
 

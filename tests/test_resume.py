@@ -23,8 +23,8 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-def test_three_kills(tiny_data, tmp_path):
-    """SIGKILL at random moments, one at least inside a write, both recipes.
+def test_two_kills(tiny_data, tmp_path):
+    """SIGKILL at random moments, one of them inside a write, both recipes.
 
     What is not killed runs in this process.
     """
@@ -37,9 +37,9 @@ def test_three_kills(tiny_data, tmp_path):
         )
 
     equal, in_write, problems = kill_test(
-        tiny_data, tmp_path, 3, variants=("pool", "template, loader processes"), finish=finish
+        tiny_data, tmp_path, 2, variants=("pool", "template, loader processes"), finish=finish
     )
-    assert (equal, problems) == (3, [])
+    assert (equal, problems) == (2, [])
     assert in_write >= 1
 
 

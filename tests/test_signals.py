@@ -24,6 +24,14 @@ def train(data, folder, *flags):
     return in_process(Trainer.main, "--DR", data, "--save_root", folder, *TINY, *flags)
 
 
+@pytest.fixture(autouse=True)
+def sighup():
+    """Take SIGHUP as a terminal's child does, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_data, tiny_run, tmp_path_factory):
     """Folders of runs that nobody stopped, by recipe."""
