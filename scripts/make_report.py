@@ -70,7 +70,7 @@ CAPTIONS = {
     "loss_parts": "What the total loss is made of: the black line is the recorded total, the "
     "areas are its two terms.",
     "beta_schedules": "Beta as it was, by step. Runs with the same schedule share a panel.",
-    "teacher_forcing": "Teacher forcing ratio (line), the share that was really forced (dots), and "
+    "teacher_forcing": "Teacher forcing ratio (line), the teacher-forced share (dots), and "
     "under them, on the "
     "same x axis, the training loss. " + X_AXIS,
     "teacher_forcing_losses": "The same runs together: ratio, training reconstruction, and "

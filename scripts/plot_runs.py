@@ -103,10 +103,10 @@ def label(name):
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
-def fill(name):
-    """Break a title into lines of 25 characters for a narrow panel; "beta = 1" stays whole."""
-    whole = name.replace("beta = 1", "beta\u00a0=\u00a01")
-    return textwrap.fill(whole, 25).replace("\u00a0", " ")
+def fill(text, room=25):
+    """Break a text into lines of `room` characters for a panel; "beta = 1" stays whole."""
+    whole = text.replace("beta = 1", "beta\u00a0=\u00a01")
+    return textwrap.fill(whole, room).replace("\u00a0", " ")
 
 
 def kl_label(run):
@@ -160,7 +160,7 @@ def note(ax, text):
     columns = ax.get_subplotspec().get_gridspec().ncols
     room = max(24, int(15 * ax.figure.get_figwidth() / columns) - 8)
     ax.annotate(
-        textwrap.fill(text, room),
+        fill(text, room),
         (0, 0),
         (0, -30),
         xycoords="axes fraction",
@@ -454,7 +454,7 @@ def forcing_panels(top, bottom, r):
         markersize=4 if len(x) < 60 else 2,
         markeredgewidth=0.8,
         alpha=0.7,
-        label="share that was forced",
+        label="teacher-forced share",
     )
     draw_steps(top, r, "tfr", color=blue, linewidth=2.2, label="ratio")
     top.set_title(label(r.label))

@@ -263,7 +263,7 @@ def forcing_table(runs):
             "Ratio: first",
             "lowest",
             "mean",
-            "share forced",
+            "teacher-forced share",
             "Drop begins (epoch)",
             "Lowest from (epoch)",
             "Reconstruction: at the drop",

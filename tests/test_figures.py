@@ -212,7 +212,7 @@ def test_ratio_forced_share_and_loss_stand_on_one_axis(tmp_path):
     assert top.get_shared_x_axes().joined(top, bottom)
     ratio = next(line for line in top.lines if line.get_label() == "ratio").get_ydata()
     share = next(
-        line for line in top.lines if line.get_label() == "share that was forced"
+        line for line in top.lines if line.get_label() == "teacher-forced share"
     ).get_ydata()
     assert ratio[0] == 1 and ratio[-1] == 0 and np.abs(ratio - share).max() < 0.5
     assert {"total loss", "reconstruction"} <= {line.get_label() for line in bottom.lines}
