@@ -16,6 +16,7 @@ from utils.options import OF_THE_MACHINE, build_parser
 
 SILENT = {"save_root", "resume", "given", "test"}  # flags that say nothing about the training
 TEMPLATE = {action.dest: action.default for action in build_parser("", "")._actions}
+TEMPLATE["recipe"] = "template"  # its default is ours
 DASH = "\u2013"
 COINCIDE = 0.02  # mean difference between two curves in [0, 1] below which they are the same
 

@@ -401,6 +401,7 @@ def test_the_real_trainer_in_a_short_sweep(tmp_path):
     assert result.returncode == 0, result.stderr + result.stdout
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| `--kl_anneal_type` | Cyclical | Cyclical | Monotonic | None |" in text
+    assert "`--recipe" not in text.partition("## Appendix")[0]  # as in the template
     assert (tmp_path / "out" / "Cyclical" / "val_pred_large.gif").is_file()
     assert "left out" not in text and "not found in this copy" not in text
     assert "data:image/" in (tmp_path / "out" / "report.html").read_text()
