@@ -41,7 +41,8 @@ step() {  # step NAME SECONDS COMMAND...
 
 device=(--device "$GPU_CHECK_DEVICE")
 data=(--DR "$out/data")
-train=("$python" Trainer.py "${data[@]}" --fast_train --num_epoch 2 --tfr_sde 1 --tfr_d_step 1 "${device[@]}" "${sizes[@]}")
+train=("$python" Trainer.py "${data[@]}" --fast_train --num_epoch 2 --tfr_sde 1 --tfr_d_step 1
+       "${device[@]}" "${sizes[@]}")
 bench=("$python" scripts/benchmark.py "${data[@]}" --runs "$runs" --rollout_frames "$rollout"
        "${device[@]}" "${tiny[@]}")
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Finds a Python that has what a requirements file asks for, or makes one in .venv; prints its path, and nothing else, on stdout.
+# Finds a Python that has what a requirements file asks for, or makes one in .venv; prints its path,
+# and nothing else, on stdout.
 # demo.sh and test.sh call it; nothing else in this project installs anything.
 #
 #   PYTHON=$(bash scripts/setup.sh requirements.txt)        to run the program
@@ -20,7 +21,10 @@ say() { echo "$*" >&2; }
 die() { say "error: $*"; exit 2; }
 
 # The Python of .venv; on Windows it is in Scripts.
-own() { if [ -x "$venv/Scripts/python.exe" ]; then echo "$venv/Scripts/python.exe"; else echo "$venv/bin/python"; fi; }
+own() {
+  local windows=$venv/Scripts/python.exe
+  if [ -x "$windows" ]; then echo "$windows"; else echo "$venv/bin/python"; fi
+}
 
 # probe PYTHON PROGRAM ARGUMENTS: quiet, in a folder whose files shadow no package
 probe() { (cd "$root/scripts" && "$1" -c "$2" "${@:3}" </dev/null 2>/dev/null); }
@@ -38,18 +42,22 @@ complete() { has "$1" $modules; }
 
 find_python() {
   local name=${PYTHON:-python3}
-  base=$("$name" -c 'import sys; assert sys.version_info >= (3, 10); print(sys.executable, end="")' 2>/dev/null) ||
-    die "${PYTHON:+PYTHON=}$name is not Python 3.10 or newer; name one that is with PYTHON=/path/to/python3"
+  base=$("$name" -c 'import sys; assert sys.version_info >= (3, 10)
+print(sys.executable, end="")' 2>/dev/null) ||
+    die "${PYTHON:+PYTHON=}$name is not Python 3.10 or newer; name one with PYTHON=/path/to/python3"
 }
 
 make_venv() {
   say "setup: making .venv on $base"
   trap 'rm -rf "$venv"' EXIT  # the other scripts would take a half-made one for whole
   rm -rf "$venv"
-  "$base" -m venv "$venv" >/dev/null 2>&1 || die "$base cannot make a virtual environment (Debian and Ubuntu: apt install python3-venv)"
+  "$base" -m venv "$venv" >/dev/null 2>&1 ||
+    die "$base cannot make a virtual environment (Debian and Ubuntu: apt install python3-venv)"
   if has "$base" torch torchvision; then
+    local packages
+    packages=$(probe "$(own)" 'import sysconfig; print(sysconfig.get_path("purelib"), end="")')
     probe "$base" 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
-      >"$(probe "$(own)" 'import sysconfig; print(sysconfig.get_path("purelib"), end="")')/shared_packages.pth"
+      >"$packages/shared_packages.pth"
   fi
 }
 
@@ -67,7 +75,8 @@ if ! probe "$(own)" 'import pip'; then
   make_venv
 fi
 say "setup: installing into .venv what $wanted asks for"
-"$(own)" -m pip install --disable-pip-version-check -r "$root/$wanted" >&2 || die "pip could not install $wanted into $venv (see above)"
+"$(own)" -m pip install --disable-pip-version-check -r "$root/$wanted" >&2 ||
+  die "pip could not install $wanted into $venv (see above)"
 complete "$(own)" || die "$venv does not import $modules: remove .venv and call again"
 trap - EXIT
 own

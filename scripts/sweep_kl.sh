@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train with KL annealing Cyclical, Monotonic and None, all else equal, then draw the figures and write OUT/report.html.
+# Train with KL annealing Cyclical, Monotonic and None, all else equal, then draw the figures and
+# write OUT/report.html.
 #
 #   bash scripts/sweep_kl.sh DATA OUT [--jobs N] [any Trainer flags]
 #   bash scripts/sweep_kl.sh data runs_kl --recipe template --fast_train --num_epoch 20
