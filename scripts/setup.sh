@@ -70,8 +70,10 @@ exec 9<"$root/requirements.txt"  # one setup at a time
 if command -v flock >/dev/null; then flock 9; fi
 if complete "$(own)"; then own; exit 0; fi
 if ! probe "$(own)" 'import pip'; then
-  find_python
-  if complete "$base"; then echo "$base"; exit 0; fi
+  if [ -z "${PYTHON:-}" ]; then
+    find_python
+    if complete "$base"; then echo "$base"; exit 0; fi
+  fi
   make_venv
 fi
 say "setup: installing into .venv what $wanted asks for"

@@ -11,8 +11,7 @@ PYTHON=$(bash "$root/scripts/setup.sh" requirements-dev.txt)
 export PYTHON  # the tests start other scripts, which take the same Python
 cd "$root"
 # a file at a time, as what it trains once serves all of its tests, and files with few, long tests
-# not last; one process
-# more than cores, as many tests wait
+# not last; one process more than cores, as many tests wait
 workers=$("$PYTHON" -c 'import os
 print(len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 exec "$PYTHON" -m pytest -q -n "$workers" --no-loadscope-reorder tests "$@"
