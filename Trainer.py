@@ -58,7 +58,7 @@ OUTPUTS = {"none": lambda x: x, "clamp": lambda x: x.clamp(0, 1), "sigmoid": tor
 # ---------------------------------------------------------------- losses and metric
 
 def Generate_PSNR(imgs1, imgs2, data_range=1.):
-    """Return the peak signal-to-noise ratio in dB over the whole tensor, at most 100."""
+    """Return the PSNR in dB, at most 100, over tensors of one shape in [0, data_range]."""
     return psnr(F.mse_loss(imgs1, imgs2) / data_range ** 2)
 
 
@@ -71,7 +71,7 @@ def kl_criterion(mu, logvar, batch_size):
 
 
 def log_mse(frames, truth):
-    """Return 0.001 * log(1 + MSE / 1e-5), a mean over frames: a decibel counts alike at every PSNR.
+    """Return 0.001 * log(1 + MSE / 1e-5), a mean over frames: decibels from 20 to 40 count alike.
 
     frames, truth: (B, 3, H, W) in [0, 1]. The gradient is the MSE's at 30 dB, and larger at smaller
     errors. Rybkin et al. 2021, the optimal sigma of a calibrated decoder.
@@ -257,7 +257,7 @@ class VAE_Model(nn.Module):
         return OUTPUTS[self.args.output](self.Generator(self.Decoder_Fusion(previous, pose, z)))
 
     def training_one_step(self, img, label, adapt_TeacherForcing):
-        """Learn from a batch as of `forward`: losses, backward, step, log. Returns the loss."""
+        """Take one optimizer step on a batch, as of `forward`, and log it. Returns the loss, ()."""
         session.train_again(self)
         self.optim.zero_grad(set_to_none=True)
         statistics = [buffer.clone() for buffer in self.buffers()]  # BatchNorm's
@@ -266,8 +266,8 @@ class VAE_Model(nn.Module):
             # not self(...): a subclass in the template's way overrides forward
             forward = self.session.parallel or partial(VAE_Model.forward, self)
             loss, _, _, self.generated = forward(img, label, adapt_TeacherForcing)
-        # what is not finite changes nothing; a loss may overflow where its gradient does not, and
-        # NaN tells every rank without a wait
+        # a non-finite loss gets a NaN gradient, so that the step is skipped; as gradients are
+        # averaged over ranks, all of them skip it
         valid = torch.where(loss.detach().isfinite(), 1.0, math.nan).to(loss)
         self.scaler.scale(loss).backward(valid)
         finite = self.optimizer_step()
@@ -280,7 +280,7 @@ class VAE_Model(nn.Module):
         return loss.detach()
 
     def optimizer_step(self):
-        """Clip the gradient's norm, step, average the weights. Returns whether it was finite."""
+        """Clip the gradient, step, average weights. Returns whether the gradient is finite, ()."""
         finite = step_if_finite(self.optim, self.scaler, self.parameters(), CLIP_NORM)
         update_average(self)
         return finite
@@ -423,17 +423,17 @@ class VAE_Model(nn.Module):
     def sample_teacher_forcing(self, count, of_rollouts=False):
         """Draw `count` bools, True with probability `tfr`: one draw an epoch, a batch, or each.
 
-        of_rollouts: a sample restarts a rollout of the pool; else it forces a frame of a window. A
-        window's first two never count: frame 1 is predicted from frame 0, given (T = 2: no choice).
+        of_rollouts: a sample restarts a rollout of the pool; else it forces a frame of a window,
+        whose entries 0 and 1 are not counted: frame 1 is always predicted from the given frame 0.
         """
         self.teacher_forcing_ratio_update()
-        state, coin = self.state, self.args.tf_coin
+        state, interval = self.state, self.args.tf_coin
         if state.epoch_sample is None:
             state.epoch_sample = float(torch.rand(1, generator=state.sampler))
-        if coin == "epoch":
+        if interval == "epoch":
             uniform = torch.full((count,), state.epoch_sample)
         else:
-            size = count if coin == "frame" else 1
+            size = count if interval == "frame" else 1
             uniform = torch.rand(size, generator=state.sampler).expand(count)
         teacher_forced = uniform < self.tfr
         counted = teacher_forced if of_rollouts else teacher_forced[2:]
@@ -521,7 +521,7 @@ class VAE_Model(nn.Module):
         state.next_epoch()
         self.kl_annealing.update()
         self.teacher_forcing_ratio_update()
-        self.scheduler.step()  # the rate of the new epoch; how often this is called does not matter
+        self.scheduler.step()  # sets the rate from the progress, not from the number of calls
         session.agree(self)
         if self.session.budget and self.session.budget.over():
             state.num_epoch = state.epoch

@@ -60,10 +60,10 @@ TINY_DIMS = {"F_dim": 16, "L_dim": 4, "N_dim": 4, "D_out_dim": 16}
 EPOCH = 23_410  # training frames of the course's data
 # how many times as fast as the template's way ours is to be: on a CPU with AVX512-BF16, on any CPU
 # in fp32, on a data center's GPU
-TARGETS = {"bf16": {"data": 50, "teacher forcing": 2.5, "own frames": 2.3, "pool": 2.1,
+TARGETS = {"bf16": {"data": 50, "teacher forcing": 2.5, "free running": 2.3, "pool": 2.1,
                     "rollout": 2.3},
-           "fp32": {"data": 50, "teacher forcing": 1.2, "own frames": 1.2, "rollout": 2.3},
-           "cuda": {"data": 50, "teacher forcing": 5, "own frames": 5}}
+           "fp32": {"data": 50, "teacher forcing": 1.2, "free running": 1.2, "rollout": 2.3},
+           "cuda": {"data": 50, "teacher forcing": 5, "free running": 5}}
 
 
 # ---------------------------------------------------------------- the template's way
@@ -294,7 +294,7 @@ class Bench:
         models = {"template": template_model(args, ours), "ours": ours}
         if args.compile:
             models["compiled"] = compiled(args)
-        for forced, name in ((True, "teacher forcing"), (False, "own frames")):
+        for forced, name in ((True, "teacher forcing"), (False, "free running")):
             def step(model, forced=forced):
                 model.training_one_step(img, label, forced)
 
@@ -409,7 +409,7 @@ class Bench:
                 known[size] = row["median"]
             rows.append({"what": what, "value": value, "batch": b, "window": t, "frame": f"{h}x{w}",
                          "frames": b * (t - 1), "teacher forcing": known[size][True],
-                         "own frames": known[size][False]})
+                         "free running": known[size][False]})
         self.extra["growth"] = rows
 
     def sizes(self):
@@ -427,7 +427,7 @@ class Bench:
     def best_batch(self):
         """Return lines on the batch that trains most frames a second, beside the template's."""
         lines, batches = [], [row for row in self.extra["growth"] if row["what"] == "batch"]
-        for name in ("teacher forcing", "own frames") if batches else ():
+        for name in ("teacher forcing", "free running") if batches else ():
             best = max(batches, key=lambda row: row["frames"] / row[name])
             rate = best["frames"] / best[name]
             lines.append(f"Most frames a second, {name}: {rate:.1f} at batch {best['batch']}; "
@@ -452,7 +452,7 @@ class Bench:
                 nn.Module.train(model, False)
             count = (args.train_vi_len - 1) * args.batch_size
             noise = torch.randn(count, args.N_dim, args.frame_H, args.frame_W, device=args.device)
-            for forced, name in ((True, "teacher forcing"), (False, "own frames")):
+            for forced, name in ((True, "teacher forcing"), (False, "free running")):
                 for model in (ours, template):
                     same_noise(model.Gaussian_Predictor, noise)
                 loss = ours(img, label, forced)[0]
@@ -614,9 +614,9 @@ def timing_lines(bench):
 def growth_lines(bench):
     """Return the table of how a step grows, and the fastest batch."""
     lines = table("ours, growing", "batch", "window", "frame", "teacher forcing, s",
-                  "own frames, s", "ms a frame", "ms a frame")
+                  "free running, s", "forced, ms a frame", "free, ms a frame")
     for row in bench.extra["growth"]:
-        forced, own = row["teacher forcing"], row["own frames"]
+        forced, own = row["teacher forcing"], row["free running"]
         lines.append(f"| {row['what']} {row['value']} | {row['batch']} | {row['window']} "
                      f"| {row['frame']} | {forced:.3g} | {own:.3g} "
                      f"| {1e3 * forced / row['frames']:.3g} | {1e3 * own / row['frames']:.3g} |")

@@ -17,10 +17,10 @@ HEAD = """# Flags
 Printed by `python scripts/flags_page.py > docs/FLAGS.md`; a test compares it with the parsers.
 
 Trainer.py and Tester.py share their flags. Tester.py takes the flags of training for compatibility;
-they change nothing there. A flag on the command line beats the recipe, and the recipe beats the
-template's default. *template* is the value under `--recipe template`. *default* is the value of a
-command that names no recipe, bold where it differs. An empty cell is None. `--help` shows the
-defaults of the recipe on the same command line.
+of them `--seed` alone, the seed of z, has an effect there. A flag on the command line beats the
+recipe, and the recipe beats the template's default. *template* is the value under `--recipe
+template`. *default* is the value of a command that names no recipe, bold where it differs. An empty
+cell is None. `--help` shows the defaults of the recipe on the same command line.
 """
 
 TABLE = "| flag | template | default | meaning |\n| --- | --- | --- | --- |"
@@ -38,6 +38,8 @@ def row(action, template, default):
     names = ", ".join(f"`{name}`" for name in action.option_strings)
     own, other = (shown(values[action.dest]) for values in (default, template))
     meaning = action.help.replace("|", "\\|")
+    if not all(choice in meaning for choice in action.choices or ()):
+        meaning = f"{', '.join(action.choices)}: {meaning}"
     return f"| {names} | {other} | {own if own == other else f'**{own}**'} | {meaning} |"
 
 

@@ -32,8 +32,8 @@ TINY = (
     "--frame_H", "16", "--frame_W", "32", "--F_dim", "16", "--L_dim", "8", "--N_dim", "4",
     "--D_out_dim", "16", "--val_vi_len", "20", "--num_epoch", "3", "--device", "cpu"
 )
-# what differs between them: pool and averages; the template's windows and epoch coin; loader
-# processes; a data share that changes
+# what differs between them: pool and averages; the template's windows and one Bernoulli sample an
+# epoch; loader processes; a data share that changes
 VARIANTS = {
     "pool": ("--save_every_steps", "2", "--tfr", "0.6", "--tfr_sde", "1", "--tfr_d_step", "0.4"),
     "template": (
@@ -60,6 +60,7 @@ BEGUN = "training frames"  # Trainer.py prints a line with these words when its 
 
 
 def command(data, save_root, flags, resume=False):
+    """Return the command line of a run."""
     return [
         sys.executable, str(ROOT / "Trainer.py"), "--DR", str(data), "--save_root", str(save_root),
         *TINY, *flags, *["--resume"] * resume
@@ -90,6 +91,7 @@ class Run:
         self.reader.start()
 
     def read(self):
+        """Keep the output, and the time of the line after which the first step begins."""
         for line in self.process.stdout:
             self.lines.append(line)
             if BEGUN in line and self.began_at is None:

@@ -82,14 +82,14 @@ CAPTIONS = {
 LATE_MSE = (
     "Training MSE and validation PSNR are not measured on the same thing, so both may rise late. "
     "The log-MSE that is minimised counts the relative error of each frame, as PSNR does; the mean "
-    "MSE is ruled by the few worst frames. In training the previous frame is more and more a "
-    "generated one as the ratio decays, half of the frames to predict are far away in the clip, "
-    "and z knows less of the frame to predict as KL falls. Validation predicts the next frame, "
-    "with z from N(0, I) and averaged weights."
+    "MSE is dominated by the few worst frames. In training the previous frame is more and more "
+    "often a generated one as the ratio decays, in the pool recipe many frames to predict are "
+    "not the next ones of their clip, and z carries less information about them as KL falls. "
+    "Validation predicts the next frame, with z from N(0, I)."
 )
 PROMPTS = {
-    "A": "what is predicted from what; why it is hard (629 times the network is fed its own "
-    "frame); what you compared and found, in one sentence.",
+    "A": "what is predicted from what; why it is hard (each of 629 frames is predicted from a "
+    "generated one); what you compared and found, in one sentence.",
     "B.i": "walk through the code above: what happens in a training step, what in a rollout, and "
     "what differs.",
     "B.ii": "why z is written as mu + exp(logvar / 2) * eps, and why the network predicts the log "
@@ -192,8 +192,8 @@ def draw_figures(sections, out):
         (sections.frames, (plot_runs.psnr_per_frame, plot_runs.psnr_summary)),
         (sections.all, (plot_runs.val_psnr,)),
     ]:
-        pictures, lines = plot_runs.write_figures(runs, out, functions)
-        figures.update(pictures)
+        images, lines = plot_runs.write_figures(runs, out, functions)
+        figures.update(images)
         left_out.update(lines)
     for r in sections.frames:
         r.file = "frames_" + re.sub(r"[^\w.-]+", "_", r.name)
@@ -217,10 +217,12 @@ class Blocks(list):
         self.figures, self.left_out = figures, left_out
 
     def add(self, kind, content):
+        """Add a block, unless it is empty."""
         if content:
             self.append((kind, content))
 
     def figure(self, name, caption=None, suffix=""):
+        """Add a figure, or the line on why it was left out."""
         if name + suffix in self.figures:
             self.add("figure", (name + suffix, caption or CAPTIONS[name]))
         if name + suffix in self.left_out:
@@ -234,12 +236,14 @@ class Blocks(list):
             self.add("table", part)
 
     def code(self, *names):
+        """Add the source of functions, by name."""
         found = [source(name) for name in names]
         self.add("code", [f for f in found if f])
         for name in (name for name, f in zip(names, found) if not f):
             self.add("missing", f"`{name}`: not found in this copy of the project.")
 
     def analysis(self, key):
+        """Add a place for the writer's analysis."""
         self.append(("analysis", (key, PROMPTS[key])))
 
 
@@ -325,8 +329,8 @@ def add_tricks(b, s):
         "from 0: tfr(e) = max(tfr_min, tfr - tfr_d_step * max(0, e - tfr_sde + 1)). "
         + (
             "In the pool recipe e is continuous, the share of the run that is done times the "
-            "number of epochs, and each window of the batch is decided for itself: a rollout of "
-            "the pool restarts from ground truth with that probability."
+            "number of epochs, and a rollout of the pool restarts from ground truth with that "
+            "probability."
             if pool
             else "In the template's recipe e is the whole epoch."
         ),
@@ -542,7 +546,7 @@ def to_markdown(blocks, title, who, analysis):
         f"# {title}",
         *([who] if who else []),
         "Made by `scripts/make_report.py`; figures lie beside this file, also as PDF. "
-        "`report.html` is the same, with a player for the frames; its PDF is what to hand in. "
+        "`report.html` is the same, with a player for the frames; print it as the PDF to submit. "
         "Markdown between the marks is rendered there.",
     ]
     text = "\n\n".join(
@@ -624,7 +628,7 @@ def main():
     before = read_before(markdown)
 
     figures, left_out = draw_figures(sections, out)
-    budget = PAGE_BYTES - sum(len(picture) * 4 // 3 for picture in figures.values()) - 200_000
+    budget = PAGE_BYTES - sum(len(png) * 4 // 3 for png in figures.values()) - 200_000
     shown = [r for r in sections.frames if r.frames is not None]
     sheets, layouts, note = sprite_sheets(shown, budget) if shown else ([], {}, None)
     blocks = build_blocks(sections, figures, left_out, note)

@@ -730,10 +730,10 @@ def summary_csv(runs):
 
 def write_figure(figure, name, out):
     """Write a figure as PNG and PDF; return the PNG's bytes."""
-    picture = render(figure, "png")
-    write(out / f"{name}.png", picture)
+    image = render(figure, "png")
+    write(out / f"{name}.png", image)
     write(out / f"{name}.pdf", render(figure, "pdf"))
-    return picture
+    return image
 
 
 def write_figures(runs, out, functions=FIGURES):
@@ -741,7 +741,7 @@ def write_figures(runs, out, functions=FIGURES):
 
     Losses of different objectives have no axis in common: each objective has figures of its own.
     """
-    pictures, left_out = {}, {}
+    images, left_out = {}, {}
     for function in functions:
         for suffix, _, group in by_objective(runs) if function in LOSSES else [("", "", runs)]:
             name = function.__name__ + suffix
@@ -749,10 +749,10 @@ def write_figures(runs, out, functions=FIGURES):
             if line:
                 left_out[name] = line
             if figure:
-                pictures[name] = write_figure(figure, name, out)
+                images[name] = write_figure(figure, name, out)
     if psnr_summary in functions:
         write(out / "psnr_summary.csv", summary_csv(runs))
-    return pictures, left_out
+    return images, left_out
 
 
 def build_parser():
@@ -769,10 +769,10 @@ def build_parser():
 def main():
     args = build_parser().parse_args()
     runs = load_runs(args.runs)
-    pictures, left_out = write_figures(runs, make_folder(args.out, "-o"))
+    images, left_out = write_figures(runs, make_folder(args.out, "-o"))
     for line in left_out.values():
         print(line)
-    print(f"{len(pictures)} figures in {args.out}: {', '.join(pictures)}")
+    print(f"{len(images)} figures in {args.out}: {', '.join(images)}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def reference_loss(model, img, label, teacher_forced, beta=1.0, kl_weight=1.0,
 
 
 def log_mse(generated, img):
-    """Return 1e-3 log(1 + MSE / 1e-5) of each image, averaged over the batch."""
+    """Return 1e-3 log(1 + MSE / 1e-5) of each image of (B, 3, H, W), averaged over the batch."""
     mse = (generated - img).square().mean((1, 2, 3))
     return (1e-3 * torch.log(1 + mse / 1e-5)).mean()
 

@@ -132,10 +132,10 @@ def html_pairs(rows):
     return f'<div class="pairs">{pairs}</div>'
 
 
-def html_figure(picture, caption):
+def html_figure(image, caption):
     """Return a PNG's bytes as an HTML figure; its letters are about as large as the page's."""
-    width = round(Image.open(io.BytesIO(picture)).width * 0.72)
-    data = base64.b64encode(picture).decode()
+    width = round(Image.open(io.BytesIO(image)).width * 0.72)
+    data = base64.b64encode(image).decode()
     return (
         f'<figure><img src="data:image/png;base64,{data}" width="{width}" '
         f'alt="{html.escape(caption)}">'

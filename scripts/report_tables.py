@@ -116,8 +116,8 @@ def against_template(runs, flags=None):
     if common:
         who = "all of these runs" if len(known) > 1 else known[0].label
         sentence = (
-            "Set otherwise than in the template, whose value is in brackets, "
-            f"in {who}: {', '.join(common)}."
+            f"Flags of {who} that differ from the template (its values in brackets): "
+            f"{', '.join(common)}."
         )
     return sentence, rows if len(rows) > 1 else None
 
@@ -208,6 +208,7 @@ def beta_table(runs):
 
 
 def loss_table(runs):
+    """Return the rows of the table of losses, its header first."""
     rows = [
         [
             "Run",
@@ -296,6 +297,7 @@ def forcing_table(runs):
 
 
 def psnr_table(runs):
+    """Return the rows of the table of PSNR in dB, its header first."""
     rows = [
         [
             "Run",
@@ -312,6 +314,7 @@ def psnr_table(runs):
 
 
 def speed_table(runs):
+    """Return the rows of the table of speed, its header first."""
     rows = [
         [
             "Run",

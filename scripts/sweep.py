@@ -56,8 +56,8 @@ def kl_runs(args):
 def tfr_runs(args):
     """Return four teacher forcing strategies: {name: flags}; beta is 1 throughout in all.
 
-    Both decays take a seventh of the run. One starts after a seventh, as the template's does, the
-    other after four, or earlier where it would not reach 0 by the end.
+    Both decays take a seventh of the run, at least two epochs. One starts after a seventh, as the
+    template's does, the other after four sevenths, or earlier where it would not reach 0.
     """
     n = args.num_epoch
     length, step = decay_length(n), drop(decay_length(n))
@@ -266,13 +266,16 @@ class Record:
         self.save()
 
     def save(self):
+        """Write the record, atomically."""
         with atomic(self.path) as aside:
             aside.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
 
     def done(self, name):
+        """Return whether a run is recorded as done and its history is there."""
         return name in self.content["done"] and (self.out / name / "history.csv").is_file()
 
     def add(self, name):
+        """Record a run as done."""
         self.content["done"] = sorted({*self.content["done"], name})
         self.save()
 
@@ -379,7 +382,8 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
             )
         if len(stop.signals) > asked:
             if asked == 0 and running:
-                say(f"stopping: {', '.join(running)} will save first; once more to stop at once")
+                say(f"stopping: {', '.join(running)} will save first; press Ctrl-C again to "
+                    f"kill them without saving")
             for child in running.values():
                 end(child, at_once=asked > 0)
             asked = len(stop.signals)

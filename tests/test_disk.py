@@ -379,7 +379,7 @@ def hold_with_a_child(folder, ready):
         time.sleep(60)
 
 
-def test_a_killed_run_lets_go_at_once(tmp_path):
+def test_a_killed_run_releases_its_lock_at_once(tmp_path):
     """Also where it had loader processes, which outlive it for seconds."""
     ready = fork.Event()
     holder = fork.Process(target=hold_with_a_child, args=(tmp_path, ready))

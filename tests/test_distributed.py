@@ -59,7 +59,7 @@ def test_a_signal_to_one_rank_stops_all_and_resume_is_exact(two_ranks, recipe, w
     assert compare(out / f"{recipe} {where}", out / recipe) == []
 
 
-def test_rank_0_alone_writes_and_speaks(two_ranks, tiny_run):
+def test_rank_0_alone_writes_and_prints(two_ranks, tiny_run):
     out, _, said = two_ranks
     assert {p.name for p in (out / "pool").iterdir()} == {p.name for p in tiny_run.iterdir()}
     # five runs came to its end, once each, some of them after a stop

@@ -137,7 +137,7 @@ def test_a_step_that_found_infinity_changes_nothing():
     assert all((a != b.detach()).any() for a, b in zip(before[0], parameters))
 
 
-def test_an_optimizer_goes_on_from_its_state():
+def test_an_optimizer_resumes_from_its_state():
     whole, first = weights(), weights()
     optimizers = Muon(whole, lr=0.01), Muon(first, lr=0.01)
     for parameters, optimizer in zip((whole, first), optimizers):

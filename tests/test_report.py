@@ -341,15 +341,15 @@ return {frame: +document.getElementById('frame').value,
         said: document.getElementById('where').textContent,
         cursor: +cursor.getAttribute('x1'),
         readouts: [...document.querySelectorAll('#player output')].map(o => o.textContent),
-        pictures: [...canvas].map(c => c.toDataURL()),
+        images: [...canvas].map(c => c.toDataURL()),
         box: [box.left, box.top, box.width, box.height],
         wide: +document.getElementById('plot').getAttribute('viewBox').split(' ')[2]};
 """
 
 
-def mean_difference(url, picture):
+def mean_difference(url, image):
     shown = to_array(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
-    return abs(shown - to_array(picture)).mean()
+    return abs(shown - to_array(image)).mean()
 
 
 class Player:
@@ -392,7 +392,7 @@ class Player:
                              {"type": "pointerUp", "button": 0}])
 
     def expect(self, frame):
-        """Check number, cursor, PSNR and pictures of a frame. Returns what is seen."""
+        """Check number, cursor, PSNR and images of a frame. Returns what is seen."""
         seen = self.script(LOOK)
         assert seen["frame"] == frame and seen["said"].startswith(f"frame {frame} of {FRAMES}")
         # frames 0 (given) to FRAMES lie evenly between the plot's margins
@@ -401,11 +401,11 @@ class Player:
         decibel = f"{self.psnr['Cyclical'][frame]:.2f} dB" if frame else "\u2013"
         assert seen["readouts"][0] == decibel
         width = made_up_frame(frame).width // 3
-        for part, url in enumerate(seen["pictures"]):
+        for part, url in enumerate(seen["images"]):
             box = part * width, 0, (part + 1) * width, 32
             own = mean_difference(url, made_up_frame(frame).crop(box))
             other = mean_difference(url, made_up_frame(frame + 7).crop(box))
-            assert own < 8 and own < other, f"picture {part} is not of frame {frame}"
+            assert own < 8 and own < other, f"image {part} is not of frame {frame}"
         return seen
 
 

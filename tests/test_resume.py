@@ -24,7 +24,7 @@ def load(path):
 
 
 def test_two_kills(tiny_data, tmp_path):
-    """SIGKILL at random moments, one of them inside a write, both recipes.
+    """SIGKILL at random times, one of them inside a write, both recipes.
 
     What is not killed runs in this process.
     """
@@ -215,11 +215,11 @@ def test_a_clock_does_not_decide_how_a_resumed_run_sums(
 ):
     """The precision that `auto` found stays as it was."""
     monkeypatch.setattr(
-        Trainer, "pick_precision", lambda wanted, device: ("bf16", "bf16 as it was faster just now")
+        Trainer, "pick_precision", lambda wanted, device: ("bf16", "bf16 as it was faster")
     )
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     assert train(tiny_data, folder, "--resume", "--num_epoch", 3, "--precision", "auto") == 0
-    assert "fp32 as before the stop" in capsys.readouterr().out
+    assert "fp32 as in the checkpoint" in capsys.readouterr().out
     assert load(folder / "last.ckpt")["resume"]["precision"] == "fp32"
 
 

@@ -249,7 +249,7 @@ WILD = {
 
 
 @pytest.mark.parametrize("case", WILD)
-def test_checkpoints_found_in_the_wild_load_and_go_on(case, template, tmp_path, capfd, tiny_data):
+def test_third_party_checkpoints_load_and_resume(case, template, tmp_path, capfd, tiny_data):
     content = WILD[case](template)
     path = tmp_path / "wild.ckpt"
     torch.save(content, path)
@@ -299,8 +299,8 @@ def test_checkpoints_found_in_the_wild_load_and_go_on(case, template, tmp_path, 
 def test_a_real_optimizer_is_taken(template, tmp_path):
     state = adam(template, steps=3)
     torch.save({**template, "optimizer": state}, tmp_path / "wild.ckpt")
-    for moments in state["state"].values():  # third-party tensors are not channels-last
-        moments["exp_avg"] = torch.rand_like(moments["exp_avg"]).contiguous()
+    for own in state["state"].values():  # third-party tensors are not channels-last
+        own["exp_avg"] = torch.rand_like(own["exp_avg"]).contiguous()
     torch.save({**template, "optimizer": state}, tmp_path / "wild.ckpt")
     model = loaded(tmp_path / "wild.ckpt")
     optimizer = model.optim.state_dict()["state"]
@@ -329,7 +329,7 @@ def test_a_real_optimizer_is_taken(template, tmp_path):
         ("last_epoch", 4.0, 5),
     ],
 )
-def test_figures_that_cannot_be_are_passed_over(template, tmp_path, field, value, expected):
+def test_impossible_values_are_ignored(template, tmp_path, field, value, expected):
     torch.save({**template, field: value}, tmp_path / "wild.ckpt")
     model = loaded(tmp_path / "wild.ckpt")
     assert {"lr": model.args.lr, "tfr": model.tfr, "last_epoch": model.current_epoch}[

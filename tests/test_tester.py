@@ -337,7 +337,8 @@ def test_another_format_than_the_competitions_is_reported(tiny_run, tmp_path, ca
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "competition" in line]
     assert line.endswith(
         "not the competition's format: 5 sequences of 20 frames of 16x32, 100 rows of 1,537 "
-        "columns; it takes 5 sequences of 630 frames of 32x64, 3,150 rows of 6,145 columns")
+        "columns; the competition expects 5 sequences of 630 frames of 32x64, 3,150 rows of 6,145 "
+        "columns")
 
 
 @pytest.mark.parametrize("shape, allowed", [

@@ -1,9 +1,9 @@
 """Share code between Trainer, Tester, dataloader and scripts; on a busy machine, spin less.
 
 OpenMP's threads wait for each other by spinning, in libgomp for milliseconds. Beside another busy
-process, a spinning thread takes the core of the thread that it waits for, in every operation: on
-two cores a training step took 100 s, and 1.2 s with a tenth of a millisecond of spinning. Alone,
-less spinning costs a tenth of the speed, so it is set only where the machine is already busy.
+process, a spinning thread takes the core of the thread that it waits for, in every operation: a
+training step can take a hundred times as long. Less spinning prevents that and costs a tenth of
+the speed of an idle machine (docs/PERFORMANCE.md), so it is set only where others compute already.
 OpenMP reads the setting when PyTorch is imported, so this package is imported first.
 """
 

@@ -58,7 +58,7 @@ def compile_networks(model):
         for name in COMPILED:
             getattr(model, name)._compiled_call_impl = None
         say(f"torch.compile does not work here ({problem or 'on another rank'}): "
-            f"the run continues without")
+            f"the run continues without it")
     else:
         torch._dynamo.config.suppress_errors = True  # later compilations fall back by themselves
     restore(model, saved)

@@ -114,7 +114,7 @@ def optional(path):
     except Exception as error:
         known = isinstance(error, UserError)
         problem = str(error) if known else f"{path}: not written ({type(error).__name__}: {error})"
-        say(" ".join(problem.split()) + "; the run continues without")
+        say(" ".join(problem.split()) + "; the run continues without it")
 
 
 def write_csv(path, columns, rows):

@@ -109,7 +109,7 @@ def pick_precision(wanted, device):
             return "bf16", f"bf16 ({'AMX' if amx else 'AVX512-BF16'})"
         if avx:
             return "fp32", ("fp32 (this CPU's AVX512-BF16 is slower; "
-                            "--precision bf16 takes it all the same)")
+                            "--precision bf16 uses it anyway)")
     return "fp32", "fp32"
 
 
@@ -126,7 +126,7 @@ def keep_precision(model, saved):
     found, device = saved["precision"], model.device
     same_kind = saved["device"] == device.type and (found != "bf16" or has_bf16(device))
     if model.args.precision == "auto" and model.precision != found and same_kind:
-        model.picked_precision = found, f"{found} as before the stop"
+        model.picked_precision = found, f"{found} as in the checkpoint"
         model.__dict__.pop("scaler", None)  # its cached property belongs to the other precision
 
 

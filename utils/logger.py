@@ -74,8 +74,8 @@ def print_start(model):
     if args.pool and lowest > 0.5 and {"tfr", "tfr_sde", "tfr_d_step"}.isdisjoint(args.given):
         seventh = max(1, round(args.num_epoch / 7))
         say(f"--tfr_sde {args.tfr_sde}: teacher forcing stays at {lowest:.2f} or more in "
-            f"{args.num_epoch} epochs, so rollouts will be poor; expected --tfr_sde {seventh + 1} "
-            f"--tfr_d_step {1 / seventh:.2g}, or --max_minutes")
+            f"{args.num_epoch} epochs, so few inputs are generated frames; expected --tfr_sde "
+            f"{seventh + 1} --tfr_d_step {1 / seventh:.2g}, or --num_epoch 70 and --max_minutes")
 
 
 def print_duration(model):

@@ -38,7 +38,7 @@ def whole_float32(device):
 
 
 def orthogonalize(matrices):
-    """Return float32 matrices with singular values brought close to 1.
+    """Return float32 matrices (rows, columns) with singular values brought close to 1.
 
     Each of five Newton-Schulz iterations multiplies x by a + b A + c A^2, with the Gram matrix
     A = x x^T (x^T x where x is tall). So the Gram matrices alone are iterated, those of one size
@@ -63,7 +63,7 @@ def orthogonalize(matrices):
 
 
 def gram(x):
-    """Return x x^T or x^T x, whichever is smaller."""
+    """Return x x^T or x^T x of x (rows, columns), whichever is smaller."""
     return x @ x.mT if x.shape[0] <= x.shape[1] else x.mT @ x
 
 

@@ -13,7 +13,7 @@ from utils.cli import Parser, UserError, number, path, say
 # values of a recipe for flags that are not given; other flags have the template's default
 RECIPES = {
     "template": {},
-    # measured: docs/RECIPE.md
+    # measured: docs/EXPERIMENTS.md
     "pool": {
         "pool": 64, "train_vi_len": 2, "batch_size": 4, "optim": "Muon", "lr": 2e-3,
         "schedule": "cosine", "ema": 0.998, "refresh_norm": True, "tfr_min": 0.035,
@@ -164,7 +164,8 @@ def build_parser(prog, description):
     parser = RecipeParser(
         prog=prog, description=description,
         epilog="The defaults shown are those of --recipe on this command line. Tester.py takes the "
-               "flags of training for compatibility; they change nothing there.")
+               "flags of training for compatibility; of them --seed alone, the seed of z, has "
+               "an effect there.")
     add_data_flags(parser.add_argument_group("data"))
     add_network_flags(parser.add_argument_group("network"))
     add_training_flags(parser.add_argument_group("training"))
@@ -194,13 +195,14 @@ def add_data_flags(group):
     add("--no_cache", action="store_true",
         help="decode every image whenever it is used, as the template does")
     add("--cache_dir", type=path, metavar="DIR", help="where decoded frames are kept (None: "
-        ".frame_cache beside the data, else the user's cache folder)")
+        ".frame_cache in the data folder, else the user's cache folder)")
     add("--partial", type=NONZERO_SHARE, default=1.0, metavar="SHARE",
-        help="share of the training data that an epoch sees")
+        help="training frames of an epoch, as a share of the data; in the pool recipe it sets the "
+             "number of steps, and windows are drawn from all the data")
     add("--fast_train", action=SWITCH, default=False,
         help="fewer data and a larger learning rate in the first epochs")
     add("--fast_partial", type=NONZERO_SHARE, default=0.4, metavar="SHARE",
-        help="share of the training data in the first epochs of --fast_train")
+        help="--partial of the first epochs of --fast_train")
     add("--fast_train_epoch", type=number(int, 0), default=5, metavar="N",
         help="how many epochs --fast_train shortens")
     add("--train_vi_len", type=number(int, 2), default=16, metavar="N",
@@ -218,7 +220,7 @@ def add_network_flags(group):
         group.add_argument(f"--{name}", type=size, default=default, metavar="N",
                            help=f"channels {what}")
     group.add_argument("--output", choices=("none", "clamp", "sigmoid"), default="none",
-                       help="what follows the generator, in training and in rollouts")
+                       help="output activation of the generator, in training and in rollouts")
 
 
 def add_training_flags(group):
@@ -229,12 +231,12 @@ def add_training_flags(group):
              "windows, optimizer, schedules and loop")
     add("--batch_size", type=COUNT, default=2, metavar="N", help="windows a step, on each GPU")
     add("--lr", type=number(float, 0, 10, above=True), default=0.001, metavar="LR",
-        help="learning rate at its peak; given, --fast_train does not raise it")
+        help="peak learning rate; if it is given, --fast_train does not raise it")
     add("--optim", choices=("Adam", "AdamW", "Muon"), default="Adam",
         help="optimizer; Muon orthogonalizes the momentum of convolution weights (utils/muon.py)")
     add("--schedule", choices=("step", "cosine"), default="step",
-        help="of the learning rate; step: a tenth from epochs 2 and 5 on, the template's; cosine: "
-             "warm-up, then down to 0 over the run")
+        help="learning rate schedule; step: divided by 10 at epoch 2 and again at epoch 5, as in "
+             "the template; cosine: warm-up, then down to 0 over the run")
     add("--num_epoch", type=number(int, 1, 100_000), default=70, metavar="N", help="epochs in all")
     add("--max_minutes", type=number(float, 0, 1e6, above=True), metavar="M",
         help="end within M minutes, with every schedule fitted to them (None: no limit)")
@@ -247,7 +249,8 @@ def add_training_flags(group):
     add("--pool", type=number(int, 0, 65536), default=0, metavar="N",
         help="rollouts that give the training windows their previous frame (0: the true one)")
     add("--next_share", type=SHARE, default=0.5, metavar="P",
-        help="probability that a rollout of the pool predicts the next frame of its clip, else any")
+        help="probability that a rollout of the pool predicts the next frame of its clip, "
+             "else a random frame of the clip")
 
 
 def add_forcing_flags(group):
@@ -260,7 +263,8 @@ def add_forcing_flags(group):
     add("--tfr_d_step", type=SHARE, default=0.1, metavar="STEP", help="how much it drops an epoch")
     add("--tfr_min", type=SHARE, default=0.0, metavar="P", help="floor of the ratio")
     add("--tf_coin", choices=("epoch", "batch", "frame"), default="epoch",
-        help="how often teacher forcing is sampled: once an epoch, a batch, or for every frame")
+        help="how often teacher forcing is sampled: once an epoch, a batch, or for every "
+             "frame (in the pool: for every rollout)")
 
 
 def add_loss_flags(group):
@@ -285,7 +289,8 @@ def add_running_flags(group):
         help="cuda, cuda:N, cpu or mps (None: cuda where there is one, else cpu)")
     add("--gpu", type=COUNT, default=1, metavar="N", help="GPUs wanted; above 1 needs torchrun")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="auto: what is fastest on this machine, printed at the start")
+        help="auto: bf16 where the hardware is fast in it, else fp32; on an older GPU a timing "
+             "picks fp16 or fp32")
     add("--compile", action=SWITCH, default=False,
         help="compile the networks with torch.compile, which takes minutes first")
     add("--no_compile", dest="compile", action="store_false", help=argparse.SUPPRESS)
@@ -309,9 +314,9 @@ def add_running_flags(group):
 def add_rollout_flags(group):
     """Add the flags of how validation and test sequences are generated."""
     group.add_argument("--z", choices=("prior", "zero"), default="prior",
-                       help="prior: z from N(0, I) at every step; zero: its mean")
+                       help="prior: z from N(0, I) at every step; zero: z = 0, the prior's mean")
     group.add_argument("--rollouts", type=number(int, 1, 64), default=1, metavar="N",
-                       help="mean of N rollouts with noise of their own")
+                       help="mean of N rollouts, each with its own noise")
 
 
 def unlike_template(args):

@@ -140,10 +140,10 @@ def end_step(model, loss, bar, last):
     if look:
         model.tqdm_bar("train", bar, loss, model.optim.param_groups[0]["lr"], state.step - bar.n)
         if state.skipped_in_a_row >= MAX_SKIPPED:
-            raise UserError(f"--lr {args.lr:g}, --kl_weight {args.kl_weight:g}: the loss was not "
-                            f"finite for {int(state.skipped_in_a_row)} steps in a row in epoch "
-                            f"{state.epoch}; expected smaller ones (what is in {args.save_root} is "
-                            f"whole)")
+            raise UserError(f"--lr {args.lr:g}, --kl_weight {args.kl_weight:g}: the loss or its "
+                            f"gradient was not finite for {int(state.skipped_in_a_row)} steps in a "
+                            f"row in epoch {state.epoch}; expected smaller values (the files in "
+                            f"{args.save_root} are complete)")
     if look or distributed.world() == 1:
         agree(model)
     if args.save_every_steps and state.step % args.save_every_steps == 0:
@@ -201,7 +201,7 @@ def resume(model):
     args, state, session, saved = model.args, model.state, model.session, model.session.saved
     if len(saved["ranks"]) != distributed.world():
         say(f"{distributed.world()} process(es), the checkpoint's run had {len(saved['ranks'])}: "
-            f"not bitwise identical")
+            f"the resumed run is not bitwise identical to an uninterrupted one")
     num_epoch, train_frames = epochs_to_train(model), state.train_frames
     # time, not steps, may have set the share of a run with the same epochs
     session.share = saved["state"]["share_done"] if saved["num_epoch"] == args.num_epoch else None

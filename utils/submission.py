@@ -40,7 +40,7 @@ def format_warning(sequences, frames, shape):
     if found == COMPETITION:
         return None
     return (f"not the competition's format: {described(*found)}; "
-            f"it takes {described(*COMPETITION)}")
+            f"the competition expects {described(*COMPETITION)}")
 
 
 def check_submission(path, sequences, frames, values):

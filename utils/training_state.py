@@ -24,7 +24,7 @@ class TrainingState:
     """Hold the state of a run between two steps: plain values, tensors, objects with a state."""
 
     num_epoch: int                    # epochs of this run, with --max_minutes maybe fewer
-    sampler: torch.Generator          # samples teacher forcing; every rank has its own
+    sampler: torch.Generator          # samples teacher forcing; seeded alike on all ranks
     skipped_in_a_row: object = 0      # steps with non-finite gradients; a tensor after the first
     epoch: int = 0                    # the epoch in training
     step: int = 0                     # steps done in this epoch
