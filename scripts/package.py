@@ -79,12 +79,13 @@ def is_source(path, package_folders):
 def imported(root, files):
     """Return the full names of the modules that Python files, relative to the root, import."""
     return {module for name in files for module in re.findall(
-        r"^\s*(?:from|import)\s+([\w.]+)", (root / name).read_text("utf-8", "replace"), re.M)}
+        r"^\s*(?:from|import)\s+(\w[\w.]*)", (root / name).read_text("utf-8", "replace"), re.M)}
 
 
 def find_packages(root):
     """Return the user's own folders that are packages, or that a file beside them imports."""
-    tops = {module.split(".")[0] for module in imported(root, root.glob("*.py"))}
+    files = [path for path in root.glob("*.py") if path.is_file()]
+    tops = {module.split(".")[0] for module in imported(root, files)}
     tops = {top for top in tops if top and any((root / top).glob("*.py"))}  # no __init__.py needed
     return (tops | {path.parent.name for path in root.glob("*/__init__.py")}) - NOT_PACKED
 

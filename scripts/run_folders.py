@@ -43,8 +43,6 @@ def read_rows(path, columns):
         raise UserError(
             f"{path}: lacks the column {', '.join(missing)}; expected {','.join(columns)}"
         )
-    if len(rows) == 1:
-        raise UserError(f"{path}: has a header and no rows; the first epoch has not ended")
     return header, rows[1:]
 
 
@@ -58,13 +56,20 @@ def read_number(name, cell):
     return value if math.isfinite(value) else math.inf
 
 
-def read_table(path, columns):
+def read_table(path, columns, required=True):
     """Return {column: float array} of a CSV file whose header has at least `columns`.
 
     An empty cell was not measured: NaN. A cell with nan or inf was measured and is not finite: inf,
-    so that figures show it. UserError for a damaged file.
+    so that figures show it. None for a file that is not `required` and is missing or has no rows.
+    UserError for a damaged file.
     """
+    if not required and not path.is_file():
+        return None
     header, rows = read_rows(path, columns)
+    if not rows and not required:
+        return None
+    if not rows:
+        raise UserError(f"{path}: has a header and no rows; the first epoch has not ended")
     values = []
     for line, row in rows:
         if len(row) != len(header):
@@ -106,15 +111,12 @@ class Run(SimpleNamespace):
 
 def read_run(path, name):
     """Return one run folder as a Run."""
-    optional = lambda file, columns: (
-        read_table(path / file, columns) if (path / file).is_file() else None
-    )
     run = Run(
         path=path,
         name=name,
         history=read_table(path / "history.csv", HISTORY),
-        steps=optional("steps.csv", STEPS),
-        psnr=optional("psnr_per_frame.csv", ("frame", "psnr")),
+        steps=read_table(path / "steps.csv", STEPS, required=False),
+        psnr=read_table(path / "psnr_per_frame.csv", ("frame", "psnr"), required=False),
     )
     own = Path(name).name.lower() in ("none", "without") and without_annealing(run)
     parent = name[: -len(Path(name).name)]

@@ -321,7 +321,7 @@ def start(name, words, out, jobs):
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if jobs > 1:  # runs that each take every core get in each other's way
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    with open(folder / "train.log", "a", encoding="utf-8") as log:
+    with open(folder / "train.log", "a", encoding="utf-8", errors="backslashreplace") as log:
         log.write(f"\n$ {' '.join(command)}\n")
         log.flush()
         return subprocess.Popen(
@@ -451,7 +451,7 @@ def sweep(kind, args, flags, out):
     if stop.signals:
         say("stopped; the same command resumes it")
         return {}, 128 + stop.signals[0]
-    with_history = [out / name for name in runs if (out / name / "history.csv").is_file()]
+    with_history = [out / name for name in runs if last_epoch(out / name)]
     return failed, write_report(kind, with_history, out)
 
 

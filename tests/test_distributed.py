@@ -11,11 +11,15 @@ import sys
 import time
 
 import pytest
+import torch
 
 import Trainer
 from conftest import ROOT, TINY, in_process
+from utils import distributed
 from utils.checkpoint import read_checkpoint
 from utils.files import locked
+from utils.schedules import set_learning_rate
+from utils.training_state import capture, restore
 from scripts.kill_test import compare
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -126,3 +130,18 @@ def test_another_number_of_processes_is_reported(tiny_data, two_ranks, tmp_path,
     )
     assert status == 0
     assert "1 process(es), the checkpoint's run had 2" in capsys.readouterr().out
+
+
+def test_a_further_rank_samples_teacher_forcing_as_the_others_do(monkeypatch):
+    """A run of one process, resumed with two."""
+    first, second = (Trainer.VAE_Model(Trainer.build_parser().parse_args(TINY)) for _ in range(2))
+    set_learning_rate(first)
+    first.sample_teacher_forcing(9)
+    saved = capture(first)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    restore(second, saved)
+    first.tfr = second.tfr = 0.5
+    for model in first, second:
+        monkeypatch.setattr(model, "teacher_forcing_ratio_update", lambda: None)
+    samples = [model.sample_teacher_forcing(64) for model in (first, second)]
+    assert 10 < samples[0].sum() < 54 and torch.equal(*samples)

@@ -156,6 +156,9 @@ def test_curves_are_those_of_steps_csv(tmp_path):
         beta.get_ydata(), steps["beta"]
     )
     assert len(drawn("beta_schedules", old).axes[0].lines[0].get_xdata()) == 4
+    # a long run's first row comes after some epochs
+    (old / "steps.csv").write_text(",".join(logger.STEPS) + "\n")
+    assert len(drawn("beta_schedules", old).axes[0].lines[0].get_xdata()) == 4
     loss = drawn("loss_curves", run).axes[0].lines
     assert np.array_equal(loss[0].get_ydata(), steps["loss"])
     assert np.allclose(

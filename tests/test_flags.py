@@ -14,6 +14,7 @@ import Trainer
 from conftest import ROOT, in_process
 from scripts import flags_page
 from utils import cli, options
+from utils.hardware import check_torch
 
 PARSERS = {"Trainer": Trainer.build_parser, "Tester": Tester.build_parser}
 TEMPLATE = {
@@ -249,3 +250,10 @@ def test_an_old_pytorch_is_one_line(script, tmp_path, capsys, monkeypatch):
     assert status == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "PyTorch 2.4.1" in err and "2.6" in err
+
+
+@pytest.mark.parametrize("version", ["2.6.0a0+ecf3bae40a.nv25.01", "2.10.0", "3.0"])
+def test_a_new_pytorch_is_taken(version, monkeypatch):
+    """NVIDIA's containers have pre-releases."""
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+    check_torch()

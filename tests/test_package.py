@@ -20,7 +20,8 @@ SOURCE = {
     "Trainer.py": "from helpers.loss import loss\nprint('trained', loss)\n", "Tester.py": "",
     "dataloader.py": "import utils.cli\n", "my_losses.py": "", "README.md": "# Lab\n",
     "modules/__init__.py": "", "modules/layers.py": "", "modules/modules.py": "",
-    "my_parts/__init__.py": "", "my_parts/deep.py": "", "helpers/loss.py": "loss = 1\n",
+    "my_parts/__init__.py": "from . import deep\n", "my_parts/deep.py": "",
+    "helpers/loss.py": "loss = 1\n",
 }
 LEFT_OUT = [  # of this project, or of its user: no command needs them
     ".gitignore", ".gitattributes", ".ci/run", "requirements-dev.txt", "scripts/test.sh",
@@ -57,6 +58,7 @@ def tree(tmp_path):
         write(root, name, b"\x00" * 100)
     write(root, "scripts/huge.py", b"#" * (2**21 + 1))
     (root / "scripts" / "gone.py").symlink_to("nowhere")
+    (root / ".#Trainer.py").symlink_to("user@host.1")  # Emacs marks an unsaved file so
     (root / "my_parts" / "linked").symlink_to(root / "data")
     return root
 

@@ -4,6 +4,7 @@
 """
 
 import shutil
+import signal
 import time
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 
 import dataloader
 import Trainer
-from conftest import TINY, in_process
+from conftest import TINY, in_process, send_at
+from utils.schedules import learning_rate_factor
 from scripts.kill_test import command, compare, differences, kill_test, rows
 
 
@@ -128,6 +130,33 @@ def test_another_pool_or_frame_shape_resumes(tiny_data, tiny_run, tmp_path, caps
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     assert train(tiny_data, folder, "--resume", "--num_epoch", 3, *flags) == 0
     assert f"{flags[0]} {flags[1]}: the checkpoint has" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe, batch", [("pool", 2), ("template", 1)])
+def test_another_batch_size_moves_no_schedule_and_skips_no_data(
+    tiny_data, tmp_path, monkeypatch, capsys, recipe, batch
+):
+    """Stopped in the middle of the second of two epochs, and resumed with twice the batch."""
+    flags = ["--recipe", recipe, "--train_vi_len", 2, "--schedule", "cosine"]
+    flags += ["--tfr_sde", 1, "--tfr_d_step", 0.5]
+    with monkeypatch.context() as patch:
+        send_at(patch, "training_one_step", 48, signal.SIGTERM)
+        assert train(tiny_data, tmp_path, *flags, "--batch_size", batch) == 143
+    assert train(tiny_data, tmp_path, *flags, "--batch_size", 2 * batch, "--resume") == 0
+    assert "16 steps an epoch, the checkpoint's run had 32" in capsys.readouterr().out
+    found = [{name: float(cell) for name, cell in row.items()}
+             for row in rows(tmp_path / "steps.csv")]
+    assert [row["step"] for row in found] == list(range(1, 57))  # 8 of 16 steps are left
+    ends = [step / 32 for step in range(1, 49)] + [1 + step / 16 for step in range(9, 17)]
+    assert [row["epoch"] for row in found] == pytest.approx(ends)
+    args = Trainer.build_parser().parse_args(["--schedule", "cosine", "--num_epoch", "2"])
+    shares = [step / 64 for step in range(48)] + [(16 + step) / 32 for step in range(8, 16)]
+    factors = [learning_rate_factor(args, 0, share) for share in shares]
+    peak = found[32]["lr"] / factors[32]
+    assert [row["lr"] / peak for row in found] == pytest.approx(factors)
+    if recipe == "pool":
+        assert [row["tfr"] for row in found] == pytest.approx(
+            [max(0.035, 1 - 0.5 * 2 * share) for share in shares])
 
 
 def test_resuming_from_any_checkpoint_of_ours(tiny_data, tiny_run, tmp_path):

@@ -318,6 +318,15 @@ def test_a_pool_run_of_one_epoch_has_whole_curves(tiny_data, tmp_path):
     assert len(set(found["lr"])) == 64 and found["lr"][-1] < 0.01 * args.lr
 
 
+def test_a_number_of_epochs_that_a_script_sets_holds_for_beta_too(tiny_data, tmp_path):
+    words = ["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY, "--val_vi_len", "4"]
+    model = Trainer.VAE_Model(flags(*words, "--num_epoch", "70", "--kl_anneal_type", "Monotonic"))
+    model.args.num_epoch = 2
+    model.training_stage()
+    betas = [row["beta"] for row in model.state.steps]
+    assert betas == pytest.approx([step / 32 for step in range(32)])
+
+
 def test_the_templates_recipe_moves_by_whole_epochs(tiny_data, tmp_path):
     words = ["--recipe", "template", "--train_vi_len", "4", "--num_epoch", "4"]
     words += ["--tfr_sde", "1", "--tfr_d_step", "0.5", "--kl_anneal_cycle", "2"]

@@ -45,10 +45,11 @@ if __name__ == "__main__":
     rows = ["{",".join(HISTORY)}"]
     if args.resume and history.exists():
         rows = history.read_text().splitlines()
-    with open(os.environ["STARTS"], "a") as starts:
+    with open(os.environ["STARTS"], "a", errors="backslashreplace") as starts:
         threads = "OMP=" + os.environ.get("OMP_NUM_THREADS", "")
         print(root.name, "epoch", len(rows) - 1, *sys.argv[1:], threads, file=starts)
     if root.name == os.environ.get("FAILS"):
+        history.write_text(rows[0] + "\\n")  # as a run does that is stopped in its first epoch
         sys.exit("no luck")
     for e in range(len(rows) - 1, args.num_epoch):
         time.sleep(float(os.environ.get("PACE", 0)))
@@ -285,6 +286,13 @@ def test_a_failed_run_is_reported_at_the_end_and_stops_no_other(project):
     assert (project / "out" / "report.html").is_file()
     assert sweep(project, "kl", "data", "out", "--num_epoch", 1).returncode == 0
     assert [line[0] for line in starts(project)[3:]] == ["Cyclical"]
+
+
+def test_a_folder_whose_name_is_not_utf_8(project):
+    out = os.fsdecode(b"caf\xe9")
+    done = sweep(project, "kl", "data", out, "--num_epoch", 1)
+    assert done.returncode == 0, done.stderr
+    assert (project / out / "Cyclical" / "train.log").is_file()
 
 
 def test_jobs_run_at_once(project):

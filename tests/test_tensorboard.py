@@ -7,6 +7,7 @@ import pytest
 
 import Trainer
 from conftest import TINY, run_cli
+from utils import figures
 from utils.cli import UserError
 
 
@@ -45,6 +46,25 @@ def test_without_the_package(tiny_data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--tensorboard"):
         Trainer.main(["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY, "--tensorboard"])
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_a_disk_that_is_full(tiny_data, tmp_path, monkeypatch, capsys):
+    """A writer's error ends what is logged there, and no run."""
+
+    class Writer:
+        def __init__(self, folder):
+            self.left = 20
+
+        def add_scalar(self, name, value, step):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figures, "tensorboard_writer", lambda: Writer)
+    Trainer.main(["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY, "--tensorboard"])
+    out = capsys.readouterr().out
+    assert out.count("No space left on device") == 1 and "continues without it" in out
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(

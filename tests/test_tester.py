@@ -370,6 +370,16 @@ def test_the_check_notices_other_frames(tiny_run, tmp_path, monkeypatch):
         )
 
 
+def test_an_output_activation_of_the_command_holds_for_every_checkpoint(tiny_run, tmp_path):
+    """A checkpoint given twice predicts what it predicts alone."""
+    for count in (1, 2):
+        words = [*[tiny_run / "best.ckpt"] * count, "--output", "sigmoid", "--z", "zero"]
+        assert roll_out(*words[:1], tmp_path / str(count), "--ckpt_path", *words) == 0
+    alone, both = (check_submission(tmp_path / name / "submission.csv", SEQUENCES, FRAMES,
+                                    3 * H * W) for name in "12")
+    assert np.array_equal(alone, both) and alone.min() > 0  # a sigmoid is never 0
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_nothing_behind(number, status, tiny_run, tmp_path, monkeypatch):

@@ -255,6 +255,7 @@ def adopt_settings(args, parser, names=None):
                                 f"missing; expected the data folder as --DR")
         elif getattr(args, name) != settings[name]:
             say(f"--{name} {getattr(args, name)}: the checkpoint has {settings[name]}")
+    args.asked = args.given  # by this command
     # a flag that was given when the run began counts as given in every resume
     before = loaded["resume"].get("given") if isinstance(loaded.get("resume"), dict) else None
     before = before if isinstance(before, list) else []

@@ -45,7 +45,7 @@ def start(args, command):
     if args.device is None and not torch.cuda.is_available():
         args.device = "cpu"
     elif args.device in (None, "cuda"):
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     elif args.device.startswith("cuda:") and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
         raise UserError(f"--device {args.device}: can't be shared by "
                         f"{os.environ['LOCAL_WORLD_SIZE']} processes; expected --device cuda, "

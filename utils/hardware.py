@@ -20,7 +20,7 @@ from utils.cli import UserError
 # beside torch.OutOfMemoryError: the messages of a CPU, of cuDNN or cuBLAS, and of the driver
 OUT_OF_MEMORY = "can't allocate memory|ALLOC(ATION)?_FAILED|CUDA error: out of memory"
 CPU_PIXELS = 8 * 32 * 64  # per piece on a CPU; more gains little (docs/PERFORMANCE.md)
-OLDEST_TORCH = (2, 6)  # as requirements.txt and scripts/setup.sh have it
+OLDEST_TORCH = 2, 6  # as requirements.txt and scripts/setup.sh have it
 
 # in fp16 PyTorch takes a skipped first step for a wrong order of calls
 warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
@@ -28,7 +28,7 @@ warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
 
 def check_torch():
     """Raise UserError where PyTorch is too old, before a run ends in the middle."""
-    if torch.__version__ < OLDEST_TORCH:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise UserError(f"PyTorch {torch.__version__}: is too old; expected {oldest} or newer "
                         f"(pip install -r requirements.txt)")

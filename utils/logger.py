@@ -1,6 +1,7 @@
 """Log a run: progress bars, printed lines, history.csv and steps.csv, means over steps."""
 
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from utils.cli import catching_signals, progress, say, stop
 from utils.figures import enlarge_gif, log_to_tensorboard, write_validation
 from utils.files import HISTORY, STEPS, make_folder, optional, output_folder, write_csv
 from utils.options import unlike_template
-from utils.schedules import teacher_forcing_ratio
+from utils.schedules import share_done, teacher_forcing_ratio
 
 STEP_ROWS = 2000  # rows of steps.csv in a run, at most
 FIRST_STEPS = 20  # steps that a run's duration is estimated from
@@ -84,7 +85,8 @@ def print_duration(model):
     steps, began = session.first_step
     if session.budget or state.steps_done - steps != FIRST_STEPS:
         return
-    seconds = (time.monotonic() - began) / FIRST_STEPS * (session.total_steps - state.steps_done)
+    left = (1 - share_done(model)) * session.total_steps
+    seconds = (time.monotonic() - began) / FIRST_STEPS * left
     line = f"about {duration(seconds)} of training left, and validation after each epoch"
     if seconds > 3 * 3600 and model.device.type == "cpu":
         line += "; --max_minutes M fits the run, schedules included, to M minutes"
@@ -130,9 +132,18 @@ def log_steps(model, share_before):
     row = {name: means[name] for name in STEPS[2:]}
     state.steps.append({"step": state.steps_done, "epoch": epoch, **row})
     state.step_means = RunningMeans()
-    if model.session.board:
-        for name, mean in row.items():
-            model.session.board.add_scalar(f"step/{name}", mean, state.steps_done)
+    with logging_to_tensorboard(model) as board:
+        for name, mean in row.items() if board else ():
+            board.add_scalar(f"step/{name}", mean, state.steps_done)
+
+
+@contextmanager
+def logging_to_tensorboard(model):
+    """Give TensorBoard's writer, or None, inside; an error there is one line and ends its use."""
+    board, model.session.board = model.session.board, None
+    with optional(Path(model.args.save_root) / "tensorboard"):
+        yield board
+        model.session.board = board
 
 
 def epoch_row(model, psnr_mean):
@@ -165,7 +176,7 @@ def write_epoch(model, best):
 
     best: whether it is the best epoch of the run, whose rollout is then drawn.
     """
-    root, row, board = Path(model.args.save_root), model.state.history[-1], model.session.board
+    root, row = Path(model.args.save_root), model.state.history[-1]
     epoch = row["epoch"]
     names = "psnr_per_frame.png", "val_pred.gif", "psnr_per_frame.csv"
     if best:
@@ -173,8 +184,8 @@ def write_epoch(model, best):
     if getattr(model.args, "store_visualization", False):
         names = f"epoch={epoch}_psnr.png", f"epoch={epoch}_pred.gif"
         write_validation(model, *map(root.joinpath, names), guard=optional)
-    if board:
-        with optional(root / "tensorboard"):
+    with logging_to_tensorboard(model) as board:
+        if board:
             log_to_tensorboard(board, row, root / "val_pred.gif" if best else None)
     write_tables(model)
     say(f"epoch {epoch}: lr {row['lr']:.2e}, tfr {row['tfr']:.3f}, beta {row['beta']:.2f}, "

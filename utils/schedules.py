@@ -85,7 +85,8 @@ def share_done(model):
     budget, total = model.session.budget, model.session.total_steps
     if budget and budget.fitted:
         return budget.share()
-    return min(1.0, model.state.steps_done / total) if total else 0.0
+    done = model.state.steps_done + model.session.step_offset
+    return min(1.0, done / total) if total else 0.0
 
 
 def schedule_epoch(model):

@@ -35,6 +35,7 @@ class Session:
     stop: distributed.StopSignal = field(default_factory=distributed.StopSignal)
     budget: time_budget.TimeBudget | None = None  # of --max_minutes
     total_steps: int | None = None                # of the whole run; None outside a training stage
+    step_offset: int = 0                          # see count_steps
     drawn: dict = field(default_factory=dict)     # numbers of the step's teacher forcing samples
     frames: dict = field(default_factory=dict)    # decoded splits
     clips: list | None = None                     # start indices of the training data's clips
@@ -97,7 +98,8 @@ def prepare(model):
     # resumed from an earlier checkpoint, the run's best one must not be lost
     latest = session.saved and is_latest_in(args.save_root, args.ckpt_path)
     resumes_here = state.steps_done or latest
-    state.num_epoch = args.num_epoch  # a script may have changed it; `resume` sets that of a run
+    # a script may have changed it; `resume` sets that of a run
+    state.num_epoch = model.kl_annealing.args.num_epoch = args.num_epoch
     count_steps(model)
     set_learning_rate(model)
     parallelize(model)
@@ -178,10 +180,15 @@ def agree(model):
 
 
 def count_steps(model):
-    """Count the steps of the whole run, which set the schedules."""
-    state = model.state
-    rest = sum(model.steps_in(epoch) for epoch in range(state.epoch, state.num_epoch))
-    model.session.total_steps = max(1, state.steps_done - state.step + rest)
+    """Count the steps of the whole run, which set the schedules.
+
+    Epochs before this one count as they would with this command's batch, ranks and data, whatever
+    steps they had: `step_offset` is the difference.
+    """
+    state, session = model.state, model.session
+    steps = [model.steps_in(epoch) for epoch in range(state.num_epoch)]
+    session.total_steps = max(1, sum(steps))
+    session.step_offset = sum(steps[:state.epoch]) + state.step - state.steps_done
 
 
 # ---------------------------------------------------------------- resuming
@@ -212,6 +219,10 @@ def resume(model):
             f"the checkpoint's run had {state.train_frames}")
     state.num_epoch, state.train_frames, session.saved = num_epoch, train_frames, None
     model.scheduler.base_lrs, args.lr = [session.lr], session.lr
+    steps, before = model.steps_in(state.epoch), saved.get("epoch_steps")
+    if before not in (None, steps):  # the epoch goes on from the same share of its data
+        say(f"{steps} steps an epoch, the checkpoint's run had {before}")
+        state.step = round(state.step * steps / before)
     count_steps(model)
 
 

@@ -92,6 +92,7 @@ def capture(model):
         "weights": network_state(model), "optimizer": copy.deepcopy(model.optim.state_dict()),
         "scheduler": model.scheduler.state_dict(), "scaler": model.scaler.state_dict(),
         "precision": model.precision, "device": device.type,
+        "epoch_steps": model.steps_in(state.epoch) if state.train_frames else None,
         "state": {f.name: packed(getattr(state, f.name)) for f in fields(state)
                   if f.name not in OF_EACH_RANK},
         "ranks": distributed.gather(of_this_rank),
@@ -112,9 +113,10 @@ def restore(model, saved):
     found = dict(saved["state"])
     if state.average is None or found["average"] is None:  # this command's --ema holds
         found["average"] = state.average
-    # None for a rank that the run did not have
+    # None for a rank that the run did not have; teacher forcing is sampled alike on all ranks
     of_this_rank = dict(enumerate(saved["ranks"])).get(distributed.rank())
-    own = {name: of_this_rank[name] for name in OF_EACH_RANK} if of_this_rank else {}
+    own = ({name: of_this_rank[name] for name in OF_EACH_RANK} if of_this_rank else
+           {"sampler": saved["ranks"][0]["sampler"]})
     if state.pool is None:  # this command's --pool 0 holds
         own.pop("pool", None)
     for name, value in {**found, **own}.items():
@@ -184,7 +186,8 @@ def take_settings(model, loaded):
 def load_member(kind, args, path):
     """Return a model of class `kind` with the weights of a further checkpoint of an ensemble.
 
-    Sizes and output activation are the checkpoint's. UserError for another frame shape.
+    Sizes are the checkpoint's, and so is the output activation where no flag is given. UserError
+    for another frame shape.
     """
     loaded = read_checkpoint(path)
     settings = {**kind.flags().accept(loaded.get("args"), path), **sizes(loaded)}
@@ -193,7 +196,7 @@ def load_member(kind, args, path):
             raise UserError(f"--ckpt_path {path}: its --{name} is {settings[name]}; expected "
                             f"{getattr(args, name)}, as the first checkpoint has")
     names = settings.keys() & {"F_dim", "L_dim", "N_dim", "D_out_dim", "output"}
-    own = {name: settings[name] for name in names}
+    own = {name: settings[name] for name in names - ({"output"} & {*getattr(args, "asked", ())})}
     member = kind(Namespace(**{**vars(args), **own}))
     load_weights(member, loaded["state_dict"], path)
     return member
