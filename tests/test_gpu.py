@@ -95,6 +95,8 @@ def finite_step(model, window):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_step_is_the_reference_loops(precision, compiled, window, same_noise, monkeypatch):
+    if compiled and ON_CPU and precision != "bf16":
+        pytest.skip("on a CPU one precision is compiled, to try this test")
     model = build(precision)
     nn.Module.train(model, False)  # BatchNorm on running statistics, which time steps share
     plain = Networks(model)
