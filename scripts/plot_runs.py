@@ -732,6 +732,7 @@ def write_figure(figure, name, out):
     """Write a figure as PNG and PDF; return the PNG's bytes."""
     image = render(figure, "png")
     write(out / f"{name}.png", image)
+    figure.set_layout_engine("none")  # the PDF keeps the positions of the PNG
     write(out / f"{name}.pdf", render(figure, "pdf"))
     return image
 

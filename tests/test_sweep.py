@@ -61,9 +61,16 @@ if __name__ == "__main__":
 '''
 
 
+REPORT = """
+import sys
+from pathlib import Path
+(Path(sys.argv[-1]) / "report.html").write_text(" ".join(sys.argv))
+"""
+
+
 @pytest.fixture
 def project(tmp_path):
-    """A copy of the scripts beside a Trainer.py that pretends, and a data folder."""
+    """A copy of the scripts beside a Trainer.py and a make_report.py that pretend, and data."""
     tree = tmp_path / "a project"
     shutil.copytree(
         ROOT / "scripts", tree / "scripts", ignore=shutil.ignore_patterns("__pycache__")
@@ -71,6 +78,7 @@ def project(tmp_path):
     for room in ("utils",):
         shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "Trainer.py").write_text(PRETENDER)
+    (tree / "scripts" / "make_report.py").write_text(REPORT)
     (tmp_path / "data").mkdir()
     return tmp_path
 
@@ -109,6 +117,7 @@ def column(run, name):
 
 
 def test_kl_sweep_trains_three_that_differ_in_one_flag(project):
+    shutil.copy(ROOT / "scripts" / "make_report.py", project / "a project" / "scripts")
     result = sweep(
         project,
         "kl",
@@ -283,7 +292,8 @@ def test_a_failed_run_is_reported_at_the_end_and_stops_no_other(project):
     (last,) = result.stderr.strip().splitlines()
     assert "Cyclical failed with status 1: no luck" in last and "train.log" in last
     assert "Cyclical" not in json.loads((project / "out" / "sweep.json").read_text())["done"]
-    assert (project / "out" / "report.html").is_file()
+    report = (project / "out" / "report.html").read_text()
+    assert "out/Monotonic out/None -o" in report and "Cyclical" not in report
     assert sweep(project, "kl", "data", "out", "--num_epoch", 1).returncode == 0
     assert [line[0] for line in starts(project)[3:]] == ["Cyclical"]
 
