@@ -64,7 +64,7 @@ if __name__ == "__main__":
 REPORT = """
 import sys
 from pathlib import Path
-(Path(sys.argv[-1]) / "report.html").write_text(" ".join(sys.argv))
+(Path(sys.argv[-1]) / "report.html").write_text(" ".join(sys.argv), errors="backslashreplace")
 """
 
 
