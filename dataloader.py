@@ -247,9 +247,8 @@ class RolloutPool:
     """Keep rollouts that run beside the training, each with its last generated frame.
 
     A training step draws a few rollouts, predicts from the frame of each a frame of the same clip,
-    and puts the prediction back. So previous frames are dozens of generated frames
-    deep, at the cost of one step. A teacher-forced rollout restarts from a true frame anywhere in
-    the data.
+    and puts the prediction back. So previous frames are dozens of generated frames deep, at the
+    cost of one step. A teacher-forced rollout restarts from a true frame anywhere in the data.
 
     dataset: a Dataset_Dance of the train split. clips: `find_clips` of its frames; no window
     crosses a cut. device: where the network is; the pool's frames stay there.

@@ -66,9 +66,9 @@ def read_table(path, columns, required=True):
     if not required and not path.is_file():
         return None
     header, rows = read_rows(path, columns)
-    if not rows and not required:
-        return None
     if not rows:
+        if not required:
+            return None
         raise UserError(f"{path}: has a header and no rows; the first epoch has not ended")
     values = []
     for line, row in rows:

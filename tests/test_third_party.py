@@ -810,6 +810,25 @@ def test_a_tester_that_inherits_from_ours(template, tiny_data, tmp_path):
     torch.save(model.state_dict(), buffer)
 
 
+def test_an_annealing_schedule_of_ones_own(tiny_data, tmp_path):
+    """In the template's recipe training asks get_beta() and update() alone."""
+
+    class Steps:
+        betas = 0.0
+
+        def get_beta(self):
+            return self.betas
+
+        def update(self):
+            self.betas += 0.25
+
+    flags = ["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY, "--recipe", "template"]
+    model = Trainer.VAE_Model(Trainer.build_parser().parse_args(flags))
+    model.kl_annealing = Steps()
+    model.training_stage()
+    assert [row["beta"] for row in model.state.history] == [0, 0.25]
+
+
 def test_an_epoch_may_be_set_before_the_flags():
     class EpochFirst(Trainer.VAE_Model):
         def __init__(self, args):

@@ -133,8 +133,9 @@ def log_steps(model, share_before):
     state.steps.append({"step": state.steps_done, "epoch": epoch, **row})
     state.step_means = RunningMeans()
     with logging_to_tensorboard(model) as board:
-        for name, mean in row.items() if board else ():
-            board.add_scalar(f"step/{name}", mean, state.steps_done)
+        if board:
+            for name, mean in row.items():
+                board.add_scalar(f"step/{name}", mean, state.steps_done)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ continuous: the share of the run that is done times num_epoch, so that a run of 
 whole curve.
 """
 
-import copy
 import math
 
 from utils import options
@@ -117,14 +116,15 @@ class kl_annealing:
     """Anneal the weight beta in [0, 1] of the KL term by whole epochs, with the template's names.
 
     args: kl_anneal_type (Cyclical, Monotonic or None, in any case), kl_anneal_cycle,
-    kl_anneal_ratio, num_epoch. UserError for cycles below 1 and a ratio outside (0, 1]. Fu et al.
-    2019.
+    kl_anneal_ratio, num_epoch; completed in place, as VAE_Model does, and read at every call, so
+    that a change by a script holds. UserError for cycles below 1 and a ratio outside (0, 1].
+    Fu et al. 2019.
     """
 
     frange_cycle_linear = staticmethod(frange_cycle_linear)
 
     def __init__(self, args, current_epoch=0):
-        args = options.build_parser("", "").fill(copy.copy(args))
+        args = options.build_parser("", "").fill(args)
         options.check_kl_annealing(args)
         self.args, self.current_epoch = args, current_epoch
         cycles = kl_cycles(args)

@@ -98,8 +98,7 @@ def prepare(model):
     # resumed from an earlier checkpoint, the run's best one must not be lost
     latest = session.saved and is_latest_in(args.save_root, args.ckpt_path)
     resumes_here = state.steps_done or latest
-    # a script may have changed it; `resume` sets that of a run
-    state.num_epoch = model.kl_annealing.args.num_epoch = args.num_epoch
+    state.num_epoch = args.num_epoch  # a script may have changed it; `resume` sets that of a run
     count_steps(model)
     set_learning_rate(model)
     parallelize(model)
@@ -220,7 +219,7 @@ def resume(model):
     state.num_epoch, state.train_frames, session.saved = num_epoch, train_frames, None
     model.scheduler.base_lrs, args.lr = [session.lr], session.lr
     steps, before = model.steps_in(state.epoch), saved.get("epoch_steps")
-    if before not in (None, steps):  # the epoch goes on from the same share of its data
+    if before not in (None, steps):  # the epoch resumes at the same share of its data
         say(f"{steps} steps an epoch, the checkpoint's run had {before}")
         state.step = round(state.step * steps / before)
     count_steps(model)
