@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from utils import options
 import dataloader
 from utils.cli import UserError, progress
-from dataloader import frame_transform
 from utils.frame_cache import cache_folder, cached, to_float
 from utils.hardware import check_torch
 from utils.files import check_save_root, make_folder, output_folder
@@ -58,8 +57,7 @@ class Test_model(VAE_Model):
         [0, 1]. UserError for a sequence of another length.
         """
         args = self.args
-        transform = frame_transform(args.frame_H, args.frame_W)
-        dataset = Dataset_Dance(args.DR, transform, video_len=args.val_vi_len)
+        dataset = Dataset_Dance(args.DR, None, video_len=args.val_vi_len)
         for _, labels in dataset.sequences:
             if len(labels) != args.val_vi_len:
                 raise UserError(f"{labels[0].parent}: holds {len(labels)} poses; "

@@ -15,7 +15,6 @@ from utils.cli import UserError  # before PyTorch: see utils/__init__.py
 
 import torch
 from torch.utils.data import Dataset
-from torchvision import transforms
 
 from utils import distributed
 from utils.cuts import find_clips
@@ -33,6 +32,8 @@ POSE_SAMPLE = 4096  # training poses for BatchNorm recalibration
 
 def frame_transform(frame_H, frame_W):
     """Return the course's transform: a PIL image to float32 (3, frame_H, frame_W) in [0, 1]."""
+    from torchvision import transforms  # a second and a half, which decoded frames do without
+
     return transforms.Compose([transforms.Resize((frame_H, frame_W)), transforms.ToTensor()])
 
 
@@ -181,8 +182,9 @@ def open_split(args, mode, video_len, partial, decoded, device):
     if mode not in decoded and not args.no_cache:
         frames = Frames(args.DR, mode, *size, args.cache_dir, args.num_workers)
         decoded[mode] = frames.to(device)
-    transform = frame_transform(*size)
-    return Dataset_Dance(args.DR, transform, mode, video_len, partial, decoded.get(mode))
+    frames = decoded.get(mode)
+    transform = frame_transform(*size) if frames is None else None
+    return Dataset_Dance(args.DR, transform, mode, video_len, partial, frames)
 
 
 def open_training_data(model):

@@ -27,8 +27,8 @@ def image_readers():
         from utils.frame_cache import decode
     except Exception as error:  # another project's dataloader.py may do anything
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"--ground_truth: images can't be read ({problem}); expected PyTorch, "
-                        f"torchvision and this project's {ROOT / 'dataloader.py'}") from None
+        raise UserError(f"--ground_truth: images can't be read ({problem}); expected PyTorch "
+                        f"and this project's {ROOT / 'dataloader.py'}") from None
     return list_images, decode
 
 

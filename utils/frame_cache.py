@@ -18,7 +18,6 @@ import PIL
 import torch
 from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
-from torchvision import transforms
 
 from utils.cli import UserError, progress, say
 
@@ -95,10 +94,10 @@ def decode(paths, frame_H, frame_W, workers=4, out=None, desc="decoding"):
     """
     if out is None:
         out = np.empty((len(paths), 3, frame_H, frame_W), np.uint8)
-    resize = transforms.Resize((frame_H, frame_W))
 
     def decode_one(i):
-        out[i] = np.asarray(resize(read_image(paths[i]))).transpose(2, 0, 1)
+        image = read_image(paths[i]).resize((frame_W, frame_H), Image.Resampling.BILINEAR)
+        out[i] = np.asarray(image).transpose(2, 0, 1)
 
     # threads: Pillow releases the GIL while it decodes and resizes
     with ThreadPoolExecutor(max(1, workers)) as pool:
