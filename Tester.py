@@ -108,6 +108,7 @@ class Test_model(VAE_Model):
         for a folder that can't be written.
         """
         args = self.args
+        options.require(args, "save_root")
         loader = self.val_dataloader()
         img, label = (torch.cat(parts) for parts in zip(*loader))
         with progress(total=args.val_vi_len - 1, desc=f"testing {len(img)} sequences",

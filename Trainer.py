@@ -619,7 +619,7 @@ def main(argv=None):
     options.require(args, "save_root")
     check_save_root(args.save_root)
     last = Path(args.save_root) / "last.ckpt"
-    if args.resume and last.exists():
+    if args.resume and last.exists() and not (args.test and args.ckpt_path):
         args.ckpt_path = str(last)
     if args.test:
         options.require(args, "ckpt_path")

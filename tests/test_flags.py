@@ -63,7 +63,7 @@ REFUSED = {
     "lr": [*NUMBERS, "0", "-0.001", "10.1"],
     "kl_weight": [*NUMBERS, "-1"],
     "max_minutes": [*NUMBERS, "0", "-1", "1e7"],
-    "device": ["", "gpu", "cuda:", "cuda:x", "cpu:1", "CPU"],
+    "device": ["", "gpu", "cuda:", "cuda:x", "cuda:01", "cuda:1000", "cpu:1", "CPU"],
     "kl_anneal_type": ["", "Cosine", "Cyclical "],
     **dict.fromkeys(
         ("output", "objective", "recipe", "optim", "schedule", "tf_coin", "precision", "z"),

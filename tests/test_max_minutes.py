@@ -1,13 +1,15 @@
 """--max_minutes: epochs and schedules are fitted to the time, and the run ends with best.ckpt."""
 
 import csv
+import signal
 import time
 
 import pytest
 import torch
 
 import Trainer
-from conftest import TINY
+from conftest import TINY, send_at
+from utils.cli import Stopped
 
 
 def run(data, folder, *words):
@@ -42,8 +44,9 @@ def test_a_run_with_time_to_spare_is_left_alone(tiny_data, tiny_run, tmp_path):
     )
 
 
-def test_a_fitted_run_has_the_whole_curves_even_in_one_epoch(tiny_data, tmp_path, monkeypatch):
-    """By a clock on which a step takes 0.1 s and nothing else any time: 35 of 64 steps fit."""
+@pytest.fixture
+def clock(monkeypatch):
+    """Have time.monotonic() pass by 0.1 s in a training step, and by nothing else."""
     now, step = [0.0], Trainer.VAE_Model.training_one_step
 
     def timed(*args):
@@ -52,6 +55,24 @@ def test_a_fitted_run_has_the_whole_curves_even_in_one_epoch(tiny_data, tmp_path
 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(Trainer.VAE_Model, "training_one_step", timed)
+
+
+def test_a_resumed_run_has_the_rest_of_the_curves(clock, tiny_data, tmp_path, monkeypatch):
+    """Stopped half way; more minutes than the epochs need, to which it was fitted."""
+    words = ["--batch_size", "1", "--num_epoch", "70"]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        send_at(patch, "training_one_step", 25, signal.SIGINT)
+        run(tiny_data, tmp_path, *words, "--max_minutes", "0.15")
+    run(tiny_data, tmp_path, *words, "--max_minutes", "0.3", "--resume")
+    steps = list(csv.DictReader(open(tmp_path / "steps.csv", newline="", encoding="utf-8")))
+    lrs = [float(row["lr"]) for row in steps]
+    falling = lrs[lrs.index(max(lrs)):]
+    assert len(lrs) > 80 and sorted(falling, reverse=True) == falling
+    assert lrs[-1] < 0.02 * max(lrs)
+
+
+def test_a_fitted_run_has_the_whole_curves_even_in_one_epoch(clock, tiny_data, tmp_path):
+    """By the clock 35 of 64 steps fit."""
     words = ["--batch_size", "1", "--max_minutes", "0.15", "--kl_anneal_cycle", "2"]
     words += ["--num_epoch", "70"]
     _, rows, last = run(tiny_data, tmp_path, *words)

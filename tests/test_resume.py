@@ -58,6 +58,14 @@ def test_the_comparison_sees_one_bit(tiny_run, tmp_path):
     assert differences({"a": torch.zeros(1)}, {"a": -torch.zeros(1)}) == ["['a']"]
 
 
+def test_a_checkpoint_that_is_named_is_what_a_test_loads(tiny_data, tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    (folder / "last.ckpt").write_text("nothing that loads")
+    assert train(tiny_data, folder, "--resume", "--test") == 2
+    best = str(folder / "best.ckpt")
+    assert train(tiny_data, folder, "--resume", "--test", "--ckpt_path", best) == 0
+
+
 def test_a_finished_run_says_so(tiny_data, tiny_run, tmp_path, capsys):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}

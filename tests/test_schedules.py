@@ -165,6 +165,16 @@ def test_the_pool_recipe_has_room_for_every_cycle(capsys):
     assert [beta_at(monotonic, e) for e in (0, 1.25, 2.5, 4, 5)] == pytest.approx([0, 0.5, 1, 1, 1])
 
 
+@pytest.mark.parametrize("epochs, cycles, ratio", [(20, 3, 1.0), (10, 4, 0.5), (6, 10, 1.0)])
+def test_an_annealing_object_of_the_pool_recipe_has_whole_epochs_too(epochs, cycles, ratio):
+    args = flags("--num_epoch", str(epochs), "--kl_anneal_cycle", str(cycles),
+                 "--kl_anneal_ratio", str(ratio))
+    found = [kl_annealing(args, epoch).get_beta() for epoch in range(epochs)]
+    assert found == kl_annealing.frange_cycle_linear(epochs, 0.0, 1.0, cycles, ratio)
+    at_the_end = beta_at(args, epochs - 1e-9)
+    assert at_the_end == pytest.approx(1.0) and found[-1] <= 1
+
+
 def test_cut_cycles_are_reported_once_in_a_run(tiny_data, tmp_path, capsys):
     words = [
         "--DR", str(tiny_data), *TINY, "--recipe", "template", "--train_vi_len", "8",
@@ -189,6 +199,12 @@ def test_errors(change):
         betas(**change)
 
 
+@pytest.mark.parametrize("cycles, ratio", [(0, 1), (-1, 1), (1, 0), (1, -0.5), (1, 1.5)])
+def test_errors_of_the_list(cycles, ratio):
+    with pytest.raises(UserError, match="n_cycle"):
+        kl_annealing.frange_cycle_linear(10, 0.0, 1.0, cycles, ratio)
+
+
 def test_past_the_last_epoch():
     assert betas("Monotonic", 1, 1.0, 4, past=3) == [0, 0.25, 0.5, 0.75, 0.75, 0.75, 0.75]
     args = flags("--num_epoch", "4", "--kl_anneal_type", "Monotonic")
@@ -202,6 +218,12 @@ def test_the_templates_steps():
     args = flags("--recipe", "template")
     found = [learning_rate_factor(args, epoch, 0.5) for epoch in range(8)]
     assert found == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01])
+
+
+def test_the_steps_of_the_pool_recipe_move_with_the_share():
+    args = flags("--schedule", "step", "--num_epoch", "10")
+    found = [learning_rate_factor(args, 0, share) for share in (0, 0.19, 0.2, 0.49, 0.5, 1)]
+    assert found == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
 def test_cosine_with_warm_up():

@@ -82,7 +82,7 @@ class OneOrMore(argparse.Action):
 
 def device_name(text):
     """Check that a text is cuda, cuda:N, cpu or mps; `pick_device` checks that it exists."""
-    if not re.fullmatch(r"cuda(:\d+)?|cpu|mps", text):
+    if not re.fullmatch(r"cuda(:(0|[1-9]\d?))?|cpu|mps", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not cuda, cuda:N, cpu or mps")
     return text
 
@@ -101,6 +101,7 @@ class RecipeParser(Parser):
         parsed = {**given, **{k: v for k, v in vars(parsed).items() if v is not unset}}
         flags = {action.dest for action in self._actions} - {"help"}
         parsed["given"] = sorted(flags & parsed.keys())
+        parsed.setdefault("recipe", DEFAULT_RECIPE)
         return self.fill(argparse.Namespace(**parsed)), rest
 
     def format_help(self):
@@ -136,12 +137,10 @@ class RecipeParser(Parser):
     def fill(self, namespace):
         """Give `namespace` every flag that it lacks: its recipe's value, else the template's.
 
-        A namespace without `given` was written for the template, and gets the template's recipe.
+        A namespace without `recipe` was written for the template, and gets the template's.
         """
-        if not hasattr(namespace, "given"):
-            namespace.given, namespace.recipe = [], getattr(namespace, "recipe", "template")
-        elif not hasattr(namespace, "recipe"):
-            namespace.recipe = DEFAULT_RECIPE
+        namespace.given = getattr(namespace, "given", [])
+        namespace.recipe = getattr(namespace, "recipe", "template")
         recipe = RECIPES[namespace.recipe]
         for action in self._actions:
             if action.dest != "help" and not hasattr(namespace, action.dest):

@@ -8,7 +8,7 @@ whole curve.
 import math
 
 from utils import options
-from utils.cli import say
+from utils.cli import UserError, say
 
 FAST_LR = 1.5      # factor of --fast_train's learning rate, unless --lr is given
 WARM_UP = 0.02     # share of the run in which the cosine schedule climbs: <= 0.1 of the first epoch
@@ -24,8 +24,12 @@ def frange_cycle_linear(n_iter, start=0.0, stop=1.0, n_cycle=1, ratio=1):
     """Return n_iter values, a list, in n_cycle cycles.
 
     The first `ratio` of a cycle climbs from start to stop; the rest is stop. Fu et al. 2019,
-    Cyclical Annealing Schedule, equations 6 and 7.
+    Cyclical Annealing Schedule, equations 6 and 7. UserError for cycles below 1 and a ratio outside
+    (0, 1].
     """
+    if n_cycle < 1 or not 0 < ratio <= 1:
+        raise UserError(f"n_cycle {n_cycle}, ratio {ratio}: expected at least 1, and above 0 and "
+                        f"at most 1")
     period = n_iter / n_cycle
     starts = [int(c * period) for c in range(math.ceil(n_cycle))] + [n_iter]
     return [start + (stop - start) * min(1.0, i / (period * ratio))
@@ -41,15 +45,20 @@ def kl_cycles(args):
     return cycles if continuous(args) else min(cycles, max(1, args.num_epoch // 2))
 
 
-def beta_at(args, e):
-    """Return beta in [0, 1], a factor of --kl_weight, at epoch e; after the end, the last value."""
+def beta_of_epoch(args, epoch):
+    """Return beta in [0, 1] of a whole epoch; after the last epoch, the last value."""
     if args.kl_anneal_type == "None":
         return 1.0
-    if continuous(args):  # the function that frange_cycle_linear samples
-        cycle = kl_cycles(args) * e / args.num_epoch
-        return 1.0 if e >= args.num_epoch else min(1.0, cycle % 1 / args.kl_anneal_ratio)
     betas = frange_cycle_linear(args.num_epoch, 0.0, 1.0, kl_cycles(args), args.kl_anneal_ratio)
-    return betas[min(int(e), len(betas) - 1)]
+    return betas[min(epoch, len(betas) - 1)]
+
+
+def beta_at(args, e):
+    """Return beta in [0, 1], a factor of --kl_weight, at epoch e, in the pool recipe a decimal."""
+    if args.kl_anneal_type == "None" or not continuous(args):
+        return beta_of_epoch(args, int(e))
+    cycle = kl_cycles(args) * e / args.num_epoch
+    return 1.0 if e >= args.num_epoch else min(1.0, cycle % 1 / args.kl_anneal_ratio)
 
 
 def learning_rate_factor(args, epoch, share):
@@ -58,7 +67,8 @@ def learning_rate_factor(args, epoch, share):
     share: the share of the run in [0, 1] that is done.
     """
     if args.schedule == "step":  # the template's MultiStepLR
-        factor = 0.1 ** sum(epoch >= milestone for milestone in MILESTONES)
+        e = share * args.num_epoch if continuous(args) else epoch
+        factor = 0.1 ** sum(e >= milestone for milestone in MILESTONES)
     else:  # cosine (Loshchilov & Hutter 2017); at 0 the first step of warm-up would be lost
         first = data_share(args, 0) / data_share(args, args.num_epoch - 1)
         warm_up = min(WARM_UP, 0.1 / args.num_epoch * min(1.0, first))
@@ -138,4 +148,4 @@ class kl_annealing:
 
     def get_beta(self):
         """Return the current epoch's beta; after the last epoch, the last value."""
-        return beta_at(self.args, self.current_epoch)
+        return beta_of_epoch(self.args, self.current_epoch)

@@ -55,12 +55,13 @@ def fit(model):
     end = broadcast(session.began + 60 * args.max_minutes, model.device)
     budget = TimeBudget(end, now, validation, share)
     left, epoch = budget.deadline - now, state.epoch
-    while epoch < state.num_epoch:
+    before = state.num_epoch < args.num_epoch  # a run that was fitted stays so: time set its share
+    while epoch < args.num_epoch:
         left -= model.steps_in(epoch) * step + (validation if epoch > state.epoch else 0)
         if left < 0 and epoch > state.epoch:
             break
         epoch += 1
-    budget.fitted = epoch < state.num_epoch or left < 0
+    budget.fitted = before or epoch < args.num_epoch or left < 0
     state.num_epoch, session.budget = epoch, budget
     say(f"--max_minutes {args.max_minutes:g}: a step takes {step:.3f} s, a validation about "
         f"{validation:.0f} s; {epoch - state.epoch} epochs")
