@@ -40,7 +40,7 @@ from utils.checkpoint import (
 from utils.files import check_save_root, make_folder
 from utils.hardware import (
     Float32Conv2d, autocast, channels_last, check_torch, enough_memory, evaluating, in_pieces,
-    join, pick_device, pick_precision, step_if_finite)
+    join, pick_device, pick_precision, step_if_finite, without_gradients)
 from utils.metrics import check_finite, psnr, warn_of_logits
 from utils.muon import Muon
 from utils.schedules import (
@@ -304,9 +304,7 @@ class VAE_Model(nn.Module):
         previous, blocks = first.to(device).repeat_interleave(args.rollouts, 0), []
         size = f"{count} sequence(s) of {label.shape[-1]}x{label.shape[-2]}"
         memory = enough_memory(f"--rollouts {args.rollouts}, {size}", "fewer, or --device cpu")
-        # inference mode costs least, but in it autocast casts every weight again for every frame
-        no_grad = torch.inference_mode() if self.precision == "fp32" else torch.no_grad()
-        with memory, evaluating(*models), autocast(self.device, self.precision), no_grad:
+        with memory, evaluating(*models), without_gradients(device, self.precision):
             for start in range(1, length, ROLLOUT_BLOCK):
                 poses = label[:, start:start + ROLLOUT_BLOCK]
                 frames, finite = self.rollout_block(models, previous, poses, noise, start == 1)

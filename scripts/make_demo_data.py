@@ -527,7 +527,9 @@ def build_parser():
 def main():
     args = build_parser().parse_args()
     # so that the clean-up below runs
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED[signal.SIGTERM]))
+    for ending in INTERRUPTED.keys() - {signal.SIGINT}:
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(ending, lambda received, _: sys.exit(INTERRUPTED[received]))
 
     out = args.out.resolve()
     if not out.name:

@@ -17,6 +17,7 @@ from utils.cli import UserError
 
 TICK = 40  # milliseconds a frame of val_pred.gif
 SCALE = 4  # how much larger than they are frames are shown
+WEBP_SIDE = 16383  # pixels at most
 
 
 def read_rollout(path):
@@ -151,9 +152,9 @@ def lay_out(runs):
     for r in runs:
         ticks, height, triple = r.frames.shape[:3]
         width = triple // 3
-        columns = max(
-            1, min(math.ceil(math.sqrt(ticks)), 16000 // width)
-        )  # WebP ends at 16383 pixels
+        columns = max(1, min(math.ceil(math.sqrt(ticks)), WEBP_SIDE // width))
+        if math.ceil(ticks / columns) * height > WEBP_SIDE:
+            continue  # large frames: their GIF is in the run's folder
         layout = {
             "width": width, "height": height, "columns": columns, "ticks": ticks,
             "first": r.first, "sheets": [],

@@ -12,6 +12,7 @@ import io
 import json
 import mimetypes
 import re
+import urllib.parse
 from pathlib import Path
 
 from PIL import Image
@@ -69,7 +70,7 @@ def markdown_renderer(folder):
 
     def show_image(renderer, tokens, index, options, env):
         token = tokens[index]
-        name = token.attrGet("src") or ""
+        name = urllib.parse.unquote(token.attrGet("src") or "")  # a space is %20 there
         data = embed(folder, name)
         said = html.escape(token.content)
         if data is None:

@@ -67,7 +67,7 @@ if [ -n "${PYTHON:-}" ]; then
   if complete "$base"; then echo "$base"; exit 0; fi
 fi
 exec 9<"$root/requirements.txt"  # one setup at a time
-if command -v flock >/dev/null; then flock 9; fi
+flock 9 2>/dev/null || true  # some network file systems have no locks, macOS no flock
 if complete "$(own)"; then own; exit 0; fi
 if ! probe "$(own)" 'import pip'; then
   if [ -z "${PYTHON:-}" ]; then

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -299,7 +300,7 @@ def last_epoch(folder):
         with open(folder / "history.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         return rows[-1] if rows else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, csv.Error):
         return None
 
 
@@ -363,6 +364,19 @@ class Stop:
                 )
 
 
+@contextmanager
+def stopped_on_error(running):
+    """Have the runs, {name: process}, save and stop where an error ends the sweep inside."""
+    try:
+        yield
+    except BaseException:
+        for child in running.values():
+            end(child, at_once=os.name == "nt")
+        for child in running.values():
+            child.wait()
+        raise
+
+
 def train_all(runs, out, jobs, num_epoch, record, stop):
     """Train what is not done, `jobs` at a time; return {name: exit status} of failed runs."""
     waiting = [name for name in runs if not record.done(name)]
@@ -370,41 +384,42 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
         if name not in waiting:
             say(f"{name}: done already, skipped")
     running, seen, failed, asked = {}, {}, {}, 0
-    while running or (waiting and not stop.signals):
-        while waiting and len(running) < jobs and not stop.signals:
-            name = waiting.pop(0)
-            row = last_epoch(out / name)
-            seen[name] = row and row["epoch"]
-            running[name] = start(name, runs[name], out, jobs)
-            say(
-                f"{name}: {'started' if row is None else 'resumed'}, its output goes to "
-                f"{out / name / 'train.log'}"
-            )
-        if len(stop.signals) > asked:
-            if asked == 0 and running:
-                say(f"stopping: {', '.join(running)} will save first; press Ctrl-C again to "
-                    f"kill them without saving")
-            for child in running.values():
-                end(child, at_once=asked > 0)
-            asked = len(stop.signals)
-        time.sleep(POLL)
-        for name, child in list(running.items()):
-            status = child.poll()
-            row = last_epoch(out / name)
-            if row and row.get("epoch") != seen[name]:
-                seen[name] = row.get("epoch")
-                tell_epoch(name, row, num_epoch)
-            if status is None:
-                continue
-            del running[name]
-            if status == 0:
-                record.add(name)
-                say(f"{name}: done")
-            elif stop.signals:
-                say(f"{name}: stopped")
-            else:
-                failed[name] = status
-                say(f"{name}: failed with status {status}; the others continue")
+    with stopped_on_error(running):
+        while running or (waiting and not stop.signals):
+            while waiting and len(running) < jobs and not stop.signals:
+                name = waiting.pop(0)
+                row = last_epoch(out / name)
+                seen[name] = row and row.get("epoch")
+                running[name] = start(name, runs[name], out, jobs)
+                say(
+                    f"{name}: {'started' if row is None else 'resumed'}, its output goes to "
+                    f"{out / name / 'train.log'}"
+                )
+            if len(stop.signals) > asked:
+                if asked == 0 and running:
+                    say(f"stopping: {', '.join(running)} will save first; press Ctrl-C again to "
+                        f"kill them without saving")
+                for child in running.values():
+                    end(child, at_once=asked > 0)
+                asked = len(stop.signals)
+            time.sleep(POLL)
+            for name, child in list(running.items()):
+                status = child.poll()
+                row = last_epoch(out / name)
+                if row and row.get("epoch") != seen[name]:
+                    seen[name] = row.get("epoch")
+                    tell_epoch(name, row, num_epoch)
+                if status is None:
+                    continue
+                del running[name]
+                if status == 0:
+                    record.add(name)
+                    say(f"{name}: done")
+                elif stop.signals:
+                    say(f"{name}: stopped")
+                else:
+                    failed[name] = status
+                    say(f"{name}: failed with status {status}; the others continue")
     return failed
 
 

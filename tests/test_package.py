@@ -247,13 +247,21 @@ def test_without_PYTHON_a_script_takes_the_virtual_environment(tree, tmp_path, p
     assert (tmp_path / "note").exists() and (tmp_path / "LAB4_1_x.zip").exists()
 
 
+@pytest.mark.parametrize("locks", [True, False])
 @pytest.mark.parametrize("place", PLACES)
-def test_setup_takes_a_whole_virtual_environment_of_the_project(tmp_path, place):
+def test_setup_takes_a_whole_virtual_environment_of_the_project(tmp_path, place, locks):
+    """Also on a file system without locks."""
+    path = os.environ["PATH"]
+    if not locks:
+        (tmp_path / "flock").write_text("#!/bin/sh\necho flock: 9: Bad file >&2\nexit 1\n")
+        (tmp_path / "flock").chmod(0o755)
+        path = f"{tmp_path}:{path}"
     for name in ("scripts/setup.sh", "requirements.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     python = wrapped_python(tmp_path, place, tmp_path / "note")
     done = subprocess.run(["bash", str(tmp_path / "scripts" / "setup.sh"), "requirements.txt"],
-                          capture_output=True, text=True, env={**os.environ, "PYTHON": ""})
+                          capture_output=True, text=True,
+                          env={**os.environ, "PYTHON": "", "PATH": path})
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{python}\n" and done.stderr == ""

@@ -213,7 +213,8 @@ def test_text_of_the_writer_survives_a_second_report(tmp_path):
     text = (out / "report.md").read_text()
     marker = text.index("(write here)", text.index("your analysis C.i:")) - 1
     mine = "The loss & its <jump>.\n\n**Two** lines, $a_1 * b_1$ and $c_1 * d$.\n\n"
-    mine += "| a | b |\n| --- | --- |\n| 1 | 2 |\n\n![mine](val_psnr.png)"
+    mine += "| a | b |\n| --- | --- |\n| 1 | 2 |\n\n![mine](val_psnr.png) ![](我的圖.png)"
+    shutil.copy(out / "val_psnr.png", out / "我的圖.png")
     (out / "report.md").write_text(text[:marker] + mine + text[marker + len("*(write here)*") :])
     page = (out / "report.html").read_text()
     (out / "report.html").write_text(
@@ -229,7 +230,8 @@ def test_text_of_the_writer_survives_a_second_report(tmp_path):
     )
     assert "$a_1 * b_1$" in rendered and "<em>" not in rendered
     assert (
-        '<td data-column="b">2</td>' in rendered and '<img src="data:image/png;base64,' in rendered
+        '<td data-column="b">2</td>' in rendered
+        and rendered.count('<img src="data:image/png;base64,') == 2
     )
     assert (
         "data-edited" in (out / "report_edited_1.html").read_text()[:200]

@@ -316,6 +316,15 @@ def test_jobs_run_at_once(project):
     assert process.returncode == 0, err
 
 
+def test_an_error_of_the_sweep_leaves_no_run_behind(project):
+    (project / "out").mkdir()
+    (project / "out" / "None").write_text("a file where the third run's folder goes")
+    done = sweep(project, "kl", "data", "out", "--num_epoch", 9, "--jobs", 3, PACE="9")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(project / "a project") not in running
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_sweep_saves_its_runs_and_resumes_them(project, number, status):
     process = sweep(project, "kl", "data", "out", "--num_epoch", 3, wait=False, PACE="0.7")

@@ -21,7 +21,7 @@ if hasattr(signal, "SIGHUP"):  # a closed terminal, a lost connection; not on Wi
 
 # PyTorch's errors where a loader process was killed, or has no room for a batch
 LOADER_LOST = re.compile(r"DataLoader worker .*(is killed by signal|exited unexpectedly)"
-                         r"|shared memory|torch_shm|</torch_\d|ancdata")
+                         r"|shared memory|shared file mapping|torch_shm|</?torch_\d|ancdata")
 
 
 class UserError(ValueError):

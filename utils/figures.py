@@ -126,11 +126,11 @@ def write_validation(model, plot, gif, table=None, guard=nullcontext):
     The GIF shows pose, prediction and truth side by side. guard: a function from the path of a file
     to the context in which the file is written.
     """
-    if table:
-        rows = [{"frame": t, "psnr": psnr} for t, psnr in enumerate(model.psnr_per_frame, 1)]
-        with guard(table):
-            write_csv(table, ("frame", "psnr"), rows)
     with guard(plot):
         plot_psnr(model.psnr_per_frame, plot)
     with guard(gif):  # three times (3, H, W) -> (3, H, 3 * W)
         model.make_gif([torch.cat(row, 2) for row in zip(*model.val_sequence)], gif)
+    if table:  # the last one: `output_folder` knows it by the GIF
+        rows = [{"frame": t, "psnr": psnr} for t, psnr in enumerate(model.psnr_per_frame, 1)]
+        with guard(table):
+            write_csv(table, ("frame", "psnr"), rows)

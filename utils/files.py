@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import tempfile
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def check_save_root(path):
     except OSError as error:  # too long a name, a closed folder on the way, links in a circle
         raise UserError(f"--save_root {path}: {error.strerror}; "
                         f"expected a folder that can be written") from None
-    there = next(p for p in [Path(path), *Path(path).absolute().parents] if os.path.lexists(p))
+    parents = [Path(path), *Path(path).absolute().parents]
+    there = next(filter(os.path.lexists, parents), parents[-1])  # Windows may lack the drive
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--save_root {path}: {there} is not a folder that can be written; "
                         f"expected one")
@@ -81,7 +83,7 @@ def atomic(path):
         yield aside
         with open(aside, "rb+") as file:
             flush_to_disk(file.fileno())
-        os.replace(aside, path)
+        replace(aside, path)
         if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk too
             flush_folder(path.parent)
     except OSError as error:
@@ -90,6 +92,17 @@ def atomic(path):
     finally:
         with suppress(OSError):  # where nothing could be written, nothing is there to remove
             aside.unlink()
+
+
+def replace(aside, path, tries=10 if os.name == "nt" else 1):
+    """Rename a file; on Windows try for two seconds, as another program may have `path` open."""
+    for left in reversed(range(tries)):
+        try:
+            return os.replace(aside, path)
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(0.2)
 
 
 def flush_folder(folder):

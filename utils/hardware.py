@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from utils.cli import UserError
 
 # beside torch.OutOfMemoryError: the messages of a CPU, of cuDNN or cuBLAS, and of the driver
-OUT_OF_MEMORY = "can't allocate memory|ALLOC(ATION)?_FAILED|CUDA error: out of memory"
+OUT_OF_MEMORY = ("can't allocate memory|not enough memory|ALLOC(ATION)?_FAILED|"
+                 "(CUDA error|backend): out of memory|backend out of memory")
 CPU_PIXELS = 8 * 32 * 64  # per piece on a CPU; more gains little (docs/PERFORMANCE.md)
 OLDEST_TORCH = 2, 6  # as requirements.txt and scripts/setup.sh have it
 
@@ -226,6 +227,19 @@ def autocast(device, precision):
     """Return the context in which networks run: mixed precision for "bf16" and "fp16"."""
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+@contextmanager
+def without_gradients(device, precision):
+    """Compute a rollout inside: without gradients, in bf16, else in float32.
+
+    fp16 ends at 65504: a single activation above it would end the rollout.
+    """
+    # inference mode costs least, but in it autocast casts every weight again for every frame
+    mixed = precision == "bf16"
+    no_grad = torch.no_grad() if mixed else torch.inference_mode()
+    with autocast(device, "bf16" if mixed else "fp32"), no_grad:
+        yield
 
 
 def step_if_finite(optimizer, scaler, parameters, max_norm):

@@ -125,6 +125,7 @@ def prepare(model):
         session.first_step = state.steps_done, time.monotonic()
     if args.max_minutes and model.current_epoch < state.num_epoch:
         time_budget.fit(model)
+    set_learning_rate(model)  # a resume restored the checkpoint's
 
 
 def end_step(model, loss, bar, last):
