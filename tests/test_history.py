@@ -47,6 +47,14 @@ def run(request, tiny_data, tmp_path_factory):
     return folder, steps
 
 
+def test_the_first_lines_have_every_setting_unlike_the_templates(tiny_data, tmp_path, capsys):
+    words = ["--per_save", "1", "--num_workers", "0", "--max_minutes", "5", "--num_epoch", "1"]
+    assert train(tiny_data, tmp_path / "run", *words) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "unlike" in line)
+    assert all(f"{flag} {value}" in line for flag, value in zip(words[::2], words[1::2]))
+    assert "--pool 64" in line and "--tfr " not in line and "--save_root" not in line
+
+
 def test_columns(run):
     folder, _ = run
     for name, columns in (("history.csv", HISTORY), ("steps.csv", STEPS)):

@@ -29,6 +29,9 @@ OF_THE_MACHINE = {
     "compile",
 }
 
+# flags that name what a command works on; all others are settings
+PLACES = {"DR", "save_root", "ckpt_path", "cache_dir", "device", "resume", "test"}
+
 KL_ANNEAL_TYPES = {"cyclical": "Cyclical", "monotonic": "Monotonic",
                    "none": "None", "without": "None"}
 
@@ -323,7 +326,7 @@ def unlike_template(args):
     flags = []
     for action in build_parser("", "")._actions:
         value = getattr(args, action.dest, action.default)
-        if action.dest in OF_THE_MACHINE | {"help", "DR"} or value == action.default:
+        if action.dest in PLACES | {"help"} or value == action.default:
             continue
         if action.nargs == 0:
             flags.append(f"--{'' if value else 'no-'}{action.dest}")
