@@ -10,7 +10,7 @@ import math
 from utils import options
 from utils.cli import UserError, say
 
-FAST_LR = 1.5      # factor of --fast_train's learning rate, unless --lr is given
+FAST_LR = 1.1      # factor of --fast_train's learning rate, unless --lr is given
 WARM_UP = 0.02     # share of the run in which the cosine schedule climbs: <= 0.1 of the first epoch
 MILESTONES = 2, 5  # epochs at which the template's learning rate drops to a tenth
 
