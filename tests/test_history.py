@@ -52,7 +52,8 @@ def test_the_first_lines_have_every_setting_unlike_the_templates(tiny_data, tmp_
     assert train(tiny_data, tmp_path / "run", *words) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "unlike" in line)
     assert all(f"{flag} {value}" in line for flag, value in zip(words[::2], words[1::2]))
-    assert "--pool 64" in line and "--tfr " not in line and "--save_root" not in line
+    assert "--pool 64" in line and "--lr 0.002" in line
+    assert not any(f"--{name}" in line for name in ("tfr ", "save_root", "compile", "no-compile"))
 
 
 def test_columns(run):

@@ -295,7 +295,8 @@ def add_running_flags(group):
              "picks fp16 or fp32")
     add("--compile", action=SWITCH, default=False,
         help="compile the networks with torch.compile, which takes minutes first")
-    add("--no_compile", dest="compile", action="store_false", help=argparse.SUPPRESS)
+    add("--no_compile", dest="compile", action="store_false", default=False,
+        help=argparse.SUPPRESS)
     add("--checkpoint_steps", action=SWITCH, default=False,
         help="recompute activations in the backward pass: long windows in less memory")
     add("--ckpt_path", type=path, nargs="+", action=OneOrMore, metavar="FILE",
@@ -331,5 +332,6 @@ def unlike_template(args):
         if action.nargs == 0:
             flags.append(f"--{'' if value else 'no-'}{action.dest}")
         else:
+            value = f"{value:g}" if isinstance(value, float) else value
             flags.append(f"--{action.dest} {value}")
     return " ".join(dict.fromkeys(flags))
