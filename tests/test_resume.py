@@ -66,6 +66,13 @@ def test_a_checkpoint_that_is_named_is_what_a_test_loads(tiny_data, tiny_run, tm
     assert train(tiny_data, folder, "--resume", "--test", "--ckpt_path", best) == 0
 
 
+def test_another_optimizer_starts_without_state_and_says_so(tiny_data, tiny_run, tmp_path, capsys):
+    for optim, said in (("Adam", 1), ("Muon", 0)):
+        folder = shutil.copytree(tiny_run, tmp_path / optim)
+        assert train(tiny_data, folder, "--resume", "--optim", optim, "--num_epoch", "3") == 0
+        assert capsys.readouterr().out.count("another optimizer's") == said
+
+
 def test_a_finished_run_says_so(tiny_data, tiny_run, tmp_path, capsys):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}

@@ -214,6 +214,8 @@ def resume(model):
     session.share = saved["state"]["share_done"] if saved["num_epoch"] == args.num_epoch else None
     keep_precision(model, saved)
     restore_checkpoint(model, saved, args.ckpt_path)
+    if saved["optimizer"]["state"] and not model.optim.state:
+        say(f"--optim {args.optim}: starts without state; the checkpoint has another optimizer's")
     if state.train_frames != train_frames:
         say(f"--DR {args.DR}: {train_frames} training frames, "
             f"the checkpoint's run had {state.train_frames}")
