@@ -57,12 +57,17 @@ def start(args, command):
 
 
 def leave(status):
-    """Exit with a status; at once after an error: the other ranks may never leave the group."""
+    """Exit with a status; of several ranks at once.
+
+    After an error the other ranks may never leave the group. And a thread of the group that wants
+    the interpreter while it ends aborts the process.
+    """
     if started():
-        if status not in (0, *INTERRUPTED.values()):
-            sys.stdout.flush()
-            os._exit(status)
-        dist.destroy_process_group()
+        if status in (0, *INTERRUPTED.values()):
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
