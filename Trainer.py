@@ -38,9 +38,10 @@ from utils.averaging import begin_average, network_state, update_average, valida
 from utils.checkpoint import (
     adopt_settings, file_version, load_weights, read_checkpoint, write_checkpoint)
 from utils.files import check_save_root, make_folder
+from utils.graphs import Replayed
 from utils.hardware import (
     Float32Conv2d, autocast, channels_last, check_torch, enough_memory, evaluating, in_pieces,
-    join, pick_device, pick_precision, step_if_finite, without_gradients)
+    join, pick_device, pick_precision, without_gradients)
 from utils.metrics import check_finite, psnr, warn_of_logits
 from utils.muon import Muon
 from utils.schedules import (
@@ -281,7 +282,7 @@ class VAE_Model(nn.Module):
 
     def optimizer_step(self):
         """Clip the gradient, step, average weights. Returns whether the gradient is finite, ()."""
-        finite = step_if_finite(self.optim, self.scaler, self.parameters(), CLIP_NORM)
+        finite = self.session.take_step(self.optim, self.scaler, self.parameters(), CLIP_NORM)
         update_average(self)
         return finite
 
@@ -304,10 +305,11 @@ class VAE_Model(nn.Module):
         previous, blocks = first.to(device).repeat_interleave(args.rollouts, 0), []
         size = f"{count} sequence(s) of {label.shape[-1]}x{label.shape[-2]}"
         memory = enough_memory(f"--rollouts {args.rollouts}, {size}", "fewer, or --device cpu")
+        predict = [Replayed(model.next_frame) for model in models]
         with memory, evaluating(*models), without_gradients(device, self.precision):
             for start in range(1, length, ROLLOUT_BLOCK):
                 poses = label[:, start:start + ROLLOUT_BLOCK]
-                frames, finite = self.rollout_block(models, previous, poses, noise, start == 1)
+                frames, finite = self.rollout_block(models, predict, previous, poses, noise)
                 check_finite(finite, start, args.rollouts)
                 previous = frames[-1]
                 frames = frames.transpose(0, 1).unflatten(0, (count, args.rollouts)).mean(1)
@@ -316,10 +318,10 @@ class VAE_Model(nn.Module):
                     on_block(start + frames.shape[1] - 1, blocks[-1])
         return torch.cat(blocks, 1)
 
-    def rollout_block(self, models, previous, label, noise, begins):
+    def rollout_block(self, models, predict, previous, label, noise):
         """Generate the frames after `previous` (N, 3, H, W), along poses (S, t, 3, H, W).
 
-        noise: a generator for each of the N rollouts. begins: whether `previous` is a given frame.
+        predict: `next_frame` of each model. noise: a generator for each of the N rollouts.
         Returns frames (t, N, 3, H, W) in [0, 1], and whether each was finite, bool (t, N).
         """
         label = label.transpose(0, 1).to(self.device)
@@ -338,12 +340,12 @@ class VAE_Model(nn.Module):
         frames, finite = [], []
         for t in range(len(label)):
             predicted = [
-                model.next_frame(channels_last(previous), channels_last(pose[t]),
-                                 channels_last(z[t, :, :model.args.N_dim])).float()
-                for model, pose in zip(models, poses)]
+                next_frame(channels_last(previous), channels_last(pose[t]),
+                           channels_last(z[t, :, :model.args.N_dim])).float()
+                for model, next_frame, pose in zip(models, predict, poses)]
             given = previous
             previous = predicted[0] if len(models) == 1 else torch.stack(predicted).mean(0)
-            if begins and t == 0:
+            if predict[0].calls == 1:  # the rollout's first frame
                 warn_of_logits(self, previous, given)
             finite.append(previous.isfinite().flatten(1).all(1))
             previous = previous.clamp(0, 1)

@@ -42,6 +42,7 @@ from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 
 import Trainer
+from utils import graphs
 from utils.options import device_name
 from scripts.reference_loop import reference_loss, reference_rollout, reference_step
 from dataloader import (
@@ -313,6 +314,7 @@ class Bench:
         dataset = Dataset_Dance(self.root, None, "train", 2, frames=frames)
         ours = with_pool(our_model(args, "pool"), dataset, clips)
         template, batch = template_model(args, ours), ours.args.batch_size
+        graphs.record_step(ours)
         img, label = self.windows(batch, 2)
         ways = {"template": lambda: template.training_one_step(img, label, True),
                 "ours": lambda: pool_step(ours)}
@@ -321,6 +323,7 @@ class Bench:
             ways["compiled"] = lambda: pool_step(fast)
         row = self.alternate(f"training, pool recipe, batch {batch}, window 2", ways, batch,
                              self.targets.get("pool"), runs=4 * args.runs)
+        graphs.forget(ours)  # their operations can't be counted
         self.count_work(row, {who: who for who in ("template", "ours")}, lambda who: ways[who]())
 
     def rollout(self):

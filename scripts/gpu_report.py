@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from scripts import benchmark
 from utils.cli import Parser, UserError, run
+from utils.graphs import record_step
 from utils.hardware import pick_device
 
 STEPS = 5  # profiled; as many before them warm up
@@ -38,6 +39,7 @@ def models(args):
     teacher_forced = torch.zeros(2, dtype=torch.bool)
     ours.state.average = {name: p.detach().clone() for name, p in ours.named_parameters()}
     template = benchmark.template_model(args, ours)
+    record_step(ours)
     return {"pool step": lambda: ours.training_one_step(img, label, teacher_forced),
             "template step": lambda: template.training_one_step(img, label, True)}
 

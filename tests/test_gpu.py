@@ -22,6 +22,7 @@ from scripts.kill_test import compare, differences, rows
 from scripts.reference_loop import reference_rollout, reference_step
 from utils.checkpoint import NETWORKS
 from utils.compiling import mark_for_compiling
+from utils.graphs import Replayed, forget, record_step
 from utils.submission import check_submission
 
 DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
@@ -66,7 +67,7 @@ class Networks(nn.Module):
 @pytest.fixture
 def same_noise(monkeypatch):
     """One draw of eps for every call and device."""
-    eps = torch.randn(4, H, W, generator=torch.Generator().manual_seed(3))
+    eps = torch.randn(4, H, W, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     monkeypatch.setattr(Gaussian_Predictor, "reparameterize",
                         lambda self, mu, logvar: mu + torch.exp(0.5 * logvar) * eps.to(mu))
 
@@ -87,7 +88,7 @@ def flat(tensors):
 def finite_step(model, window):
     """Take a training step; with fp16, whose scale has to be found, as many as that needs."""
     for _ in range(20):
-        loss = model.training_one_step(*window, TEACHER_FORCED)
+        loss = model.training_one_step(*window, TEACHER_FORCED[:window[0].shape[1]])
         if not model.state.skipped_in_a_row:
             return loss
     raise AssertionError("every step was skipped")
@@ -113,6 +114,50 @@ def test_a_step_is_the_reference_loops(precision, compiled, window, same_noise, 
     assert apart(gradient, wanted) < TOLERANCE[precision]
     moved, wanted = (flat(m.parameters()) - start for m in (model, plain))
     assert torch.cosine_similarity(moved, wanted, dim=0) > 0.9
+
+
+def test_graphs_compute_what_single_calls_do(precision, window, same_noise):
+    """In the default recipe; a skipped step changes nothing there either."""
+    found = []
+    img, label = (x[:, :2].to(DEVICE) for x in window)
+    for record in (False, True):
+        model = build(precision, "--recipe", "pool", "--batch_size", str(B), "--train_vi_len", "2")
+        if record:
+            record_step(model)
+        for epoch in range(3):  # a learning rate of its own for each step
+            model.optim.param_groups[0]["lr"] = 0.001 * (epoch + 1)
+            losses = [finite_step(model, (img, label)) for _ in range(2)]
+        found.append((flat(losses), flat(model.parameters())))
+    (losses, weights), (expected, wanted) = found[1], found[0]
+    assert apart(losses, expected) < TOLERANCE[precision]
+    assert apart(weights, wanted) < TOLERANCE[precision]
+    before = network_state(model)
+    model.training_one_step(img * float("nan"), label, TEACHER_FORCED[:2])
+    assert model.state.skipped_in_a_row == 1
+    assert differences(before, network_state(model)) == []
+    forget(model)
+    again = finite_step(model, (img, label))
+    assert again.isfinite() and apart(flat(model.parameters()), wanted) > 0
+
+
+def test_a_graph_that_cannot_be_recorded_costs_nothing(capsys):
+    def sign(x):
+        return x if x.sum().item() > 0 else -x  # reads a value back
+
+    replayed = Replayed(sign)
+    for value in (1.0, -2.0, 3.0, -4.0, 5.0):
+        x = torch.full((2,), value, device=DEVICE)
+        assert torch.equal(replayed(x), x.abs())
+    assert torch.randn(3, device=DEVICE).isfinite().all()
+    assert ON_CPU or "no CUDA graph" in capsys.readouterr().out
+
+
+def test_a_graph_takes_new_inputs():
+    replayed = Replayed(lambda x, y: x * 2 + y)
+    for value in range(6):
+        x = torch.full((2, 3, 4, 4), float(value), device=DEVICE)
+        x = x.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(replayed(x, x + 1), 3 * x + 1)
 
 
 @pytest.mark.parametrize("optim", ["Adam", "Muon"])

@@ -223,10 +223,13 @@ class Float32Conv2d(nn.Conv2d):
 
 # ---------------------------------------------------------------- precision of a step
 
-def autocast(device, precision):
-    """Return the context in which networks run: mixed precision for "bf16" and "fp16"."""
+def autocast(device, precision, cache=True):
+    """Return the context in which networks run: mixed precision for "bf16" and "fp16".
+
+    cache: whether weights are cast once for all calls inside.
+    """
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=cache)
 
 
 @contextmanager
@@ -238,8 +241,13 @@ def without_gradients(device, precision):
     # inference mode costs least, but in it autocast casts every weight again for every frame
     mixed = precision == "bf16"
     no_grad = torch.no_grad() if mixed else torch.inference_mode()
-    with autocast(device, "bf16" if mixed else "fp32"), no_grad:
-        yield
+    # a search for the fastest convolutions takes longer than a rollout
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        with autocast(device, "bf16" if mixed else "fp32"), no_grad:
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def step_if_finite(optimizer, scaler, parameters, max_norm):

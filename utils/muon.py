@@ -129,9 +129,8 @@ class Muon(torch.optim.AdamW):
         # columns in the order that channels-last weights have in memory: nothing is copied
         with whole_float32(ahead[0].device):
             updates = orthogonalize([x.permute(0, 2, 3, 1).flatten(1) for x in ahead])
-        torch._foreach_mul_(updates, [lr * 0.2 * max(x.shape) ** 0.5 for x in updates])
-        if found_inf is not None:
-            torch._foreach_mul_(updates, taken)
+        torch._foreach_mul_(updates, [0.2 * max(x.shape) ** 0.5 for x in updates])
+        torch._foreach_mul_(updates, lr * taken)
         torch._foreach_mul_(parameters, 1 - lr * weight_decay * taken)
         updates = [x.unflatten(1, (*p.shape[2:], -1)) for x, p in zip(updates, parameters)]
         torch._foreach_sub_(parameters, [x.permute(0, 3, 1, 2) for x in updates])

@@ -13,13 +13,13 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import cli, distributed, figures, logger, time_budget
+from utils import cli, distributed, figures, graphs, logger, time_budget
 from utils.averaging import begin_average
 from utils.checkpoint import file_version, is_latest_in, is_resumable, read_checkpoint
 from utils.cli import Stopped, UserError, say
 from utils.compiling import compile_networks
 from utils.files import csv_length, locked, set_aside, sweep_leftovers
-from utils.hardware import enough_memory, keep_precision
+from utils.hardware import enough_memory, keep_precision, step_if_finite
 from utils.schedules import set_learning_rate, share_done
 from utils.training_state import capture, restore, restore_checkpoint
 
@@ -49,6 +49,7 @@ class Session:
     evaluates: bool = False                       # in evaluation mode until the next training step
     logits_said: bool = False                     # whether `warn_of_logits` has printed its line
     parallel: object = None                       # DistributedDataParallel around the model
+    take_step: object = step_if_finite            # on a GPU a graph of it
     board: object = None                          # TensorBoard's writer
     bar: object = None                            # the progress bar of a rollout
 
@@ -80,6 +81,7 @@ def guarded(model):
             raise
         finally:
             session.parallel = None  # it refers to the process group, whose end must come first
+            graphs.forget(model)
             session.budget = session.total_steps = session.share = None
             session.began = None     # another stage in this process has minutes of its own
 
@@ -119,10 +121,10 @@ def prepare(model):
         if resumes_here and state.step == 0:
             catch_up(model)
     logger.print_start(model)
-    session.first_step = state.steps_done, time.monotonic()
     if args.compile:
         compile_networks(model)
-        session.first_step = state.steps_done, time.monotonic()
+    graphs.record_step(model)
+    session.first_step = state.steps_done, time.monotonic()
     if args.max_minutes and model.current_epoch < state.num_epoch:
         time_budget.fit(model)
     set_learning_rate(model)  # a resume restored the checkpoint's

@@ -1,0 +1,167 @@
+"""Replay what training and rollouts repeat as CUDA graphs.
+
+On a GPU a step of small kernels takes as long as their launches from Python. A graph launches all
+of them by one call (PyTorch's notes on CUDA graphs). Python code runs only while a graph is
+recorded, so graphs hold what the lab fixes, the networks, and the optimizer; the loss is computed
+call by call.
+"""
+
+import torch
+
+from utils import distributed
+from utils.averaging import load_network_state, network_state
+from utils.checkpoint import NETWORKS
+from utils.cli import say
+from utils.hardware import autocast, step_if_finite
+from utils.training_state import capture, restore
+
+WARM_UP = 2  # calls before a recording, in which libraries choose kernels and allocate
+
+
+class Graph:
+    """Record function(*inputs) of CUDA tensors; a call copies new inputs and replays it.
+
+    Its outputs are overwritten by the next call.
+    """
+
+    def __init__(self, function, *inputs):
+        self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        # other threads may use the GPU meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.outputs = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        torch._foreach_copy_(self.inputs, list(inputs))
+        self.graph.replay()
+        return self.outputs
+
+
+class Replayed:
+    """Call a function of tensors whose shapes never change; on CUDA replay it after WARM_UP calls.
+
+    Where recording fails, the function is called as before.
+    """
+
+    def __init__(self, function):
+        self.function, self.graph, self.calls = function, None, 0
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls == WARM_UP + 1 and inputs[0].is_cuda:
+            self.graph = recorded(lambda: Graph(self.function, *inputs))
+        return (self.graph or self.function)(*inputs)
+
+
+def recorded(record):
+    """Return record(), or None, after one line, where CUDA can't record it."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = generator.get_state()
+    # a failed recording stays on its own stream, and leaves the generator unusable
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        try:
+            return record()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
+            generator.set_state(state)
+            problem = str(error).splitlines()[0]
+    say(f"no CUDA graph ({problem}): the same results, more slowly")
+    return None
+
+
+# ---------------------------------------------------------------- a training step
+
+def record_step(model):
+    """Have a model's training steps replay its networks and its optimizer, where they can.
+
+    That is on one GPU, with windows of one shape in which every network is called once.
+    """
+    args = model.args
+    one = distributed.world() == 1 and not args.checkpoint_steps and not args.compile
+    if model.device.type != "cuda" or args.train_vi_len != 2 or not one:
+        return
+    recorded(lambda: record_networks(model))
+    if model.precision != "fp16":  # the scale of the loss decides there, in Python
+        model.session.take_step = OptimizerStep()
+
+
+def record_networks(model):
+    """Replace the forward and backward pass of each network, in training, by graphs."""
+    args, calls = model.args, []
+    saved = capture(model)
+    hooks = [getattr(model, name).register_forward_pre_hook(
+        lambda network, inputs: calls.append((network, inputs))) for name in NETWORKS]
+    frames = torch.rand(args.batch_size, 2, 3, args.frame_H, args.frame_W, device=model.device)
+    try:
+        model.training_one_step(frames, frames, True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    restore(model, saved)
+    networks = [network for network, _ in calls]
+    if len(networks) != len(set(networks)):  # a subclass with a step of its own
+        return
+    inputs = [tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in given)
+              for _, given in calls]
+    weights = network_state(model)  # BatchNorm's statistics change
+    try:
+        with autocast(model.device, model.precision, cache=False):
+            torch.cuda.make_graphed_callables(tuple(networks), tuple(inputs))
+    except RuntimeError:
+        forget(model)
+        raise
+    finally:
+        load_network_state(model, weights)
+    for network, given in zip(networks, inputs):
+        network.forward = for_shapes(network, given)
+
+
+def for_shapes(network, recorded_inputs):
+    """Return the forward method of a network: the recorded one for inputs of these shapes."""
+    replay, plain = network.forward, type(network).forward
+    shapes = [x.shape for x in recorded_inputs]
+
+    def forward(*inputs):
+        if torch.is_grad_enabled() and [x.shape for x in inputs] == shapes:
+            return replay(*inputs)
+        return plain(network, *inputs)
+
+    return forward
+
+
+def forget(model):
+    """Have training steps call everything again."""
+    model.session.take_step = step_if_finite
+    for name in NETWORKS:
+        getattr(model, name).__dict__.pop("forward", None)
+
+
+class OptimizerStep:
+    """Take the place of `step_if_finite` for one optimizer, as a graph."""
+
+    def __init__(self):
+        self.replayed = Replayed(self.step)
+
+    def __call__(self, optimizer, scaler, parameters, max_norm):
+        """Clip and step, or do nothing; see `step_if_finite`."""
+        self.given = optimizer, scaler, list(parameters), max_norm
+        gradients = [p.grad for p in self.given[2]]
+        if len(optimizer.param_groups) > 1 or any(g is None for g in gradients):
+            return step_if_finite(*self.given)
+        lr = torch.tensor(optimizer.param_groups[0]["lr"], device=gradients[0].device)
+        return self.replayed(lr, *gradients)
+
+    def step(self, lr, *gradients):
+        """Do the step with a learning rate that a graph can read, a tensor ()."""
+        optimizer, _, parameters, _ = self.given
+        group = optimizer.param_groups[0]
+        own = {name: group[name] for name in ("lr", "capturable")}
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+        if torch.cuda.is_current_stream_capturing():
+            group.update(lr=lr, capturable=True)
+        try:
+            return step_if_finite(*self.given)
+        finally:
+            group.update(own)
