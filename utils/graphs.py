@@ -88,10 +88,14 @@ def record_step(model):
 
 def record_networks(model):
     """Replace the forward and backward pass of each network, in training, by graphs."""
-    args, calls = model.args, []
+    args, networks, inputs = model.args, [], []
     saved = capture(model)
-    hooks = [getattr(model, name).register_forward_pre_hook(
-        lambda network, inputs: calls.append((network, inputs))) for name in NETWORKS]
+
+    def note(network, given):  # copies: an autograd graph kept alive would end the recording
+        networks.append(network)
+        inputs.append(tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in given))
+
+    hooks = [getattr(model, name).register_forward_pre_hook(note) for name in NETWORKS]
     frames = torch.rand(args.batch_size, 2, 3, args.frame_H, args.frame_W, device=model.device)
     try:
         model.training_one_step(frames, frames, True)
@@ -99,11 +103,8 @@ def record_networks(model):
         for hook in hooks:
             hook.remove()
     restore(model, saved)
-    networks = [network for network, _ in calls]
     if len(networks) != len(set(networks)):  # a subclass with a step of its own
         return
-    inputs = [tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in given)
-              for _, given in calls]
     weights = network_state(model)  # BatchNorm's statistics change
     try:
         with autocast(model.device, model.precision, cache=False):
