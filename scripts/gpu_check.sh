@@ -46,16 +46,16 @@ train=("$python" Trainer.py "${data[@]}" --fast_train --num_epoch 2 --tfr_sde 1 
 bench=("$python" scripts/benchmark.py "${data[@]}" --runs "$runs" --rollout_frames "$rollout"
        "${device[@]}" "${tiny[@]}")
 
-step data 40 "$python" scripts/make_demo_data.py "$out/data" --train_frames "$frames" \
+step data 20 "$python" scripts/make_demo_data.py "$out/data" --train_frames "$frames" \
     --sequence_frames "$sequence"
-step tests 140 "$python" -m pytest -q -m gpu tests/test_gpu.py --junitxml "$out/tests.xml"
-step train 60 "${train[@]}" --save_root "$out/train"
-step train_compiled 100 "${train[@]}" --save_root "$out/train_compiled" --compile
+step train 75 "${train[@]}" --save_root "$out/train"
+step train_graphs 75 "${train[@]}" --save_root "$out/train_graphs" --cuda_graphs
 step rollout 40 "$python" Tester.py "${data[@]}" --save_root "$out/rollout" \
     --ckpt_path "$out/train/best.ckpt" "${device[@]}"
-step profile 40 "$python" scripts/gpu_report.py profile "$out"
-step benchmark 90 "${bench[@]}" --only $training pool rollout memory \
+step profile 50 "$python" scripts/gpu_report.py profile "$out"
+step benchmark 80 "${bench[@]}" --only $training pool rollout memory \
     --json "$out/benchmark.json"
-step benchmark_compiled 80 "${bench[@]}" --only pool --compile --json "$out/benchmark_compiled.json"
+step tests 150 "$python" -m pytest -q -m gpu tests/test_gpu.py --junitxml "$out/tests.xml"
+step train_compiled 100 "${train[@]}" --save_root "$out/train_compiled" --compile
 "$python" scripts/gpu_report.py summary "$out" || failed=1
 exit $failed

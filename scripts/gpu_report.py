@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from scripts import benchmark
 from utils.cli import Parser, UserError, run
-from utils.graphs import record_step
 from utils.hardware import pick_device
 
+TRAINED = "train", "train_graphs", "train_compiled"  # steps of gpu_check.sh that train
 STEPS = 5  # profiled; as many before them warm up
 
 
@@ -39,7 +39,6 @@ def models(args):
     teacher_forced = torch.zeros(2, dtype=torch.bool)
     ours.state.average = {name: p.detach().clone() for name, p in ours.named_parameters()}
     template = benchmark.template_model(args, ours)
-    record_step(ours)
     return {"pool step": lambda: ours.training_one_step(img, label, teacher_forced),
             "template step": lambda: template.training_one_step(img, label, True)}
 
@@ -166,8 +165,8 @@ def collect(out):
     return {
         "machine": benchmark.machine(device if here else "cpu"), "device": device,
         "steps": read_steps(out), "tests": read_tests(out),
-        "training": {name: read_training(out / name) for name in ("train", "train_compiled")},
-        "timings": timings(found) + timings(read_json(out / "benchmark_compiled.json")),
+        "training": {name: read_training(out / name) for name in TRAINED},
+        "timings": timings(found),
         "memory": (found or {}).get("memory", []), "profile": read_json(out / "profile.json")}
 
 

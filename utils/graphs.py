@@ -6,6 +6,8 @@ recorded, so graphs hold what the lab fixes, the networks, and the optimizer; th
 call by call.
 """
 
+import warnings
+
 import torch
 
 from utils import distributed
@@ -15,6 +17,8 @@ from utils.cli import say
 from utils.hardware import autocast, step_if_finite
 from utils.training_state import capture, restore
 
+# the recorded backward passes keep their own autograd graph alive, on their own stream
+warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 WARM_UP = 2  # calls before a recording, in which libraries choose kernels and allocate
 
 
@@ -47,9 +51,14 @@ class Replayed:
 
     def __call__(self, *inputs):
         self.calls += 1
-        if self.calls == WARM_UP + 1 and inputs[0].is_cuda:
+        if self.calls == WARM_UP + 1 and can_record(inputs[0].device):
             self.graph = recorded(lambda: Graph(self.function, *inputs))
         return (self.graph or self.function)(*inputs)
+
+
+def can_record(device):
+    """Return whether a device has graphs."""
+    return device.type == "cuda"
 
 
 def recorded(record):
@@ -73,16 +82,18 @@ def recorded(record):
 # ---------------------------------------------------------------- a training step
 
 def record_step(model):
-    """Have a model's training steps replay its networks and its optimizer, where they can.
+    """Have a model's training steps replay its networks and its optimizer (--cuda_graphs).
 
-    That is on one GPU, with windows of one shape in which every network is called once.
+    That takes one GPU, and windows of one shape, in which a step calls every network once.
     """
     args = model.args
-    one = distributed.world() == 1 and not args.checkpoint_steps and not args.compile
-    if model.device.type != "cuda" or args.train_vi_len != 2 or not one:
+    whole = distributed.world() == 1 and not args.checkpoint_steps and not args.compile
+    if not can_record(model.device) or args.train_vi_len != 2 or not whole:
+        say("--cuda_graphs: has no effect here; expected one GPU, --train_vi_len 2, and neither "
+            "--compile nor --checkpoint_steps")
         return
     recorded(lambda: record_networks(model))
-    if model.precision != "fp16":  # the scale of the loss decides there, in Python
+    if model.precision != "fp16":  # there Python code decides on the scale of the loss
         model.session.take_step = OptimizerStep()
 
 
@@ -142,7 +153,7 @@ class OptimizerStep:
     """Take the place of `step_if_finite` for one optimizer, as a graph."""
 
     def __init__(self):
-        self.replayed = Replayed(self.step)
+        self.replayed, self.addresses = Replayed(self.step), None
 
     def __call__(self, optimizer, scaler, parameters, max_norm):
         """Clip and step, or do nothing; see `step_if_finite`."""
@@ -150,6 +161,10 @@ class OptimizerStep:
         gradients = [p.grad for p in self.given[2]]
         if len(optimizer.param_groups) > 1 or any(g is None for g in gradients):
             return step_if_finite(*self.given)
+        # a graph reads and writes memory by address: another state needs another recording
+        addresses = [x.data_ptr() for state in optimizer.state.values() for x in state.values()]
+        if addresses != self.addresses:
+            self.replayed, self.addresses = Replayed(self.step), addresses
         lr = torch.tensor(optimizer.param_groups[0]["lr"], device=gradients[0].device)
         return self.replayed(lr, *gradients)
 
@@ -160,7 +175,7 @@ class OptimizerStep:
         own = {name: group[name] for name in ("lr", "capturable")}
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
-        if torch.cuda.is_current_stream_capturing():
+        if lr.is_cuda and torch.cuda.is_current_stream_capturing():
             group.update(lr=lr, capturable=True)
         try:
             return step_if_finite(*self.given)

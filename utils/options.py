@@ -26,7 +26,7 @@ DEFAULT_RECIPE = "pool"
 OF_THE_MACHINE = {
     "save_root", "device", "gpu", "num_workers", "no_cache", "cache_dir", "ckpt_path", "resume",
     "test", "per_save", "save_every_steps", "max_minutes", "tensorboard", "store_visualization",
-    "compile",
+    "compile", "cuda_graphs",
 }
 
 # flags that name what a command works on; all others are settings
@@ -297,6 +297,8 @@ def add_running_flags(group):
         help="compile the networks with torch.compile, which takes minutes first")
     add("--no_compile", dest="compile", action="store_false", default=False,
         help=argparse.SUPPRESS)
+    add("--cuda_graphs", action=SWITCH, default=False,
+        help="on one GPU, launch all kernels of a training step at once (tried in parts only)")
     add("--checkpoint_steps", action=SWITCH, default=False,
         help="recompute activations in the backward pass: long windows in less memory")
     add("--ckpt_path", type=path, nargs="+", action=OneOrMore, metavar="FILE",

@@ -123,7 +123,8 @@ def prepare(model):
     logger.print_start(model)
     if args.compile:
         compile_networks(model)
-    graphs.record_step(model)
+    if args.cuda_graphs:
+        graphs.record_step(model)
     session.first_step = state.steps_done, time.monotonic()
     if args.max_minutes and model.current_epoch < state.num_epoch:
         time_budget.fit(model)

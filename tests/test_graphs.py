@@ -1,0 +1,88 @@
+"""CUDA graphs without a GPU: what a recording read is still there when it is replayed."""
+
+import pytest
+import torch
+from conftest import TINY, in_process, send_at
+
+import Trainer
+from utils import graphs
+
+
+class Recording:
+    """Stand in for a graph: call the function, after a look at the memory that it reads by address.
+
+    A real one would read and write memory that belongs to others meanwhile.
+    """
+
+    made = []
+
+    def __init__(self, function, *inputs):
+        self.inputs, self.function, self.replays = [x.clone() for x in inputs], function, 0
+        self.before, self.rates = self.addresses(), []
+        self.made.append(self)
+
+    def addresses(self):
+        optimizer = getattr(getattr(self.function, "__self__", None), "given", [None])[0]
+        if optimizer is None:  # a rollout's
+            return []
+        tensors = [x for state in optimizer.state.values() for x in state.values()]
+        return [x.data_ptr() for x in [*tensors, *optimizer.param_groups[0]["params"]]]
+
+    def __call__(self, *inputs):
+        assert self.addresses() == self.before
+        assert [x.shape for x in inputs] == [x.shape for x in self.inputs]
+        torch._foreach_copy_(self.inputs, list(inputs))
+        self.replays += 1
+        if self.before:
+            self.rates.append(float(inputs[0]))
+        return self.function(*self.inputs)
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Have a CPU record; returns the recordings of optimizer steps and of rollouts so far."""
+    monkeypatch.setattr(Recording, "made", [])
+    monkeypatch.setattr(graphs, "Graph", Recording)
+    monkeypatch.setattr(graphs, "can_record", lambda device: True)
+    monkeypatch.setattr(graphs, "recorded", lambda record: record())
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda networks, inputs: None)
+
+    def made():
+        return ([x for x in Recording.made if x.before],
+                [x for x in Recording.made if not x.before])
+    return made
+
+
+def train(data, folder, *flags):
+    return in_process(Trainer.main, "--DR", data, "--save_root", folder, *TINY, *flags)
+
+
+def weights(folder):
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
+    return torch.cat([x.flatten().double() for x in saved["train_state_dict"].values()])
+
+
+def test_replayed_training_is_the_same(tiny_data, tmp_path, recordings):
+    assert train(tiny_data, tmp_path / "plain") == 0
+    assert recordings()[0] == [] and all(x.replays == 17 for x in recordings()[1])
+    assert train(tiny_data, tmp_path / "graphs", "--cuda_graphs") == 0
+    (step,), _ = recordings()
+    assert step.replays > 20 and len(set(step.rates)) == step.replays  # every step's own rate
+    assert torch.equal(weights(tmp_path / "graphs"), weights(tmp_path / "plain"))
+
+
+def test_another_optimizer_state_is_recorded_anew(tiny_data, tmp_path, recordings):
+    """--max_minutes tries steps and takes them back, and so does a resume."""
+    flags = "--cuda_graphs", "--max_minutes", "60"
+    with pytest.MonkeyPatch.context() as patch:
+        send_at(patch, "training_one_step", 20, 15)
+        assert train(tiny_data, tmp_path, *flags) == 143
+    tried, trained = recordings()[0]
+    assert tried.replays == 2 and trained.replays > 5
+    assert train(tiny_data, tmp_path, *flags, "--resume") == 0
+    assert len(recordings()[0]) > 2
+
+
+def test_where_nothing_can_be_recorded_a_run_says_so(tiny_data, tmp_path, capsys):
+    assert train(tiny_data, tmp_path, "--cuda_graphs", "--num_epoch", "1") == 0
+    assert "--cuda_graphs: has no effect here" in capsys.readouterr().out
