@@ -122,7 +122,8 @@ class Muon(torch.optim.AdamW):
         momenta = [state["exp_avg"] for state in states]
         gradients = [p.grad for p in parameters]
         if found_inf is not None:  # with the momentum as gradient, a skipped step keeps it
-            gradients = [torch.where(found_inf > 0, m, g) for m, g in zip(momenta, gradients)]
+            skipped = found_inf > 0
+            gradients = [torch.where(skipped, m, g) for m, g in zip(momenta, gradients)]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
 
