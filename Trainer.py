@@ -38,7 +38,7 @@ from utils.averaging import begin_average, network_state, update_average, valida
 from utils.checkpoint import (
     adopt_settings, file_version, load_weights, read_checkpoint, write_checkpoint)
 from utils.files import check_save_root, make_folder
-from utils.graphs import Replayed
+from utils.graphs import replayed_frame
 from utils.hardware import (
     Float32Conv2d, autocast, channels_last, check_torch, enough_memory, evaluating, in_pieces,
     join, pick_device, pick_precision, without_gradients)
@@ -249,7 +249,7 @@ class VAE_Model(nn.Module):
         return {"loss": loss, "reconstruction": reconstruction, "mse": mse, "kl": kl}
 
     def next_frame(self, previous, pose, z):
-        """Return the frame that follows `previous` (B, 3, H, W): one step of a rollout."""
+        """Return the frame that follows `previous` (B, 3, H, W); a graph on a GPU."""
         return self.decode(self.frame_transformation(previous), pose, z)
 
     def decode(self, previous, pose, z):
@@ -305,7 +305,7 @@ class VAE_Model(nn.Module):
         previous, blocks = first.to(device).repeat_interleave(args.rollouts, 0), []
         size = f"{count} sequence(s) of {label.shape[-1]}x{label.shape[-2]}"
         memory = enough_memory(f"--rollouts {args.rollouts}, {size}", "fewer, or --device cpu")
-        predict = [Replayed(model.next_frame) for model in models]
+        predict = [replayed_frame(model, VAE_Model) for model in models]
         with memory, evaluating(*models), without_gradients(device, self.precision):
             for start in range(1, length, ROLLOUT_BLOCK):
                 poses = label[:, start:start + ROLLOUT_BLOCK]

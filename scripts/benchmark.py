@@ -352,12 +352,14 @@ class Bench:
         """Add to a row one call's arithmetic, its share of the matmul peak, and its operations."""
         row["gflop"], row["share_of_peak"], row["operations"] = {}, {}, {}
         self.peak = self.peak or self.measure_peaks()
+        graphs.enabled = False  # they hide operations
         for who in ("template", "ours"):
             with FlopCounterMode(display=False) as counter, OperationCounter() as operations:
                 work(models[who])
             row["gflop"][who] = counter.get_total_flops() / 1e9
             row["operations"][who] = operations.count
-        row["gflop"]["compiled"] = row["gflop"]["ours"]
+        graphs.enabled = True
+        row["gflop"]["compiled"] = row["gflop"]["graphs"] = row["gflop"]["ours"]
         for who, median in row["median"].items():
             used = "fp32" if who == "template" else self.precision
             if used == "fp32" and "tf32" in self.peak:
@@ -698,8 +700,8 @@ def measure(args, root, folder):
         raise UserError(f"--batch_size {args.batch_size}: {root} holds {bench.count} training "
                         f"frames; expected {args.batch_size} windows of {args.train_vi_len}")
     ways, rounds, sizes = 2 + args.compile, args.runs + 1, len({size for *_, size in bench.sizes()})
-    calls = {"data": 2 * rounds, "training": 2 * ways * rounds, "pool": ways * (4 * args.runs + 1),
-             "rollout": ways * rounds, "memory": len(bench.memory_cases()),
+    pool = (ways + args.device.startswith("cuda")) * (4 * args.runs + 1)
+    calls = {"data": 2 * rounds, "training": 2 * ways * rounds, "pool": pool, "rollout": ways * rounds, "memory": len(bench.memory_cases()),
              "growth": 2 * (max(1, args.runs // 2) + 1) * sizes, "equality": 0}
     chosen = [part for part in PARTS if part in args.only]
     total = sum(calls[part] for part in chosen)

@@ -50,12 +50,13 @@ step data 20 "$python" scripts/make_demo_data.py "$out/data" --train_frames "$fr
     --sequence_frames "$sequence"
 step train 75 "${train[@]}" --save_root "$out/train"
 step train_graphs 75 "${train[@]}" --save_root "$out/train_graphs" --cuda_graphs
+step recorded 2 bash -c '! grep "no CUDA graph" "$0"/train*.log' "$out"
 step rollout 40 "$python" Tester.py "${data[@]}" --save_root "$out/rollout" \
     --ckpt_path "$out/train/best.ckpt" "${device[@]}"
 step profile 50 "$python" scripts/gpu_report.py profile "$out"
 step benchmark 80 "${bench[@]}" --only $training pool rollout memory \
     --json "$out/benchmark.json"
-step tests 150 "$python" -m pytest -q -m gpu tests/test_gpu.py --junitxml "$out/tests.xml"
+step tests 148 "$python" -m pytest -q -m gpu tests/test_gpu.py --junitxml "$out/tests.xml"
 step train_compiled 100 "${train[@]}" --save_root "$out/train_compiled" --compile
 "$python" scripts/gpu_report.py summary "$out" || failed=1
 exit $failed

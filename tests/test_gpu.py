@@ -22,6 +22,7 @@ from scripts.kill_test import compare, differences, rows
 from scripts.reference_loop import reference_rollout, reference_step
 from utils.checkpoint import NETWORKS
 from utils.compiling import mark_for_compiling
+from utils import graphs
 from utils.graphs import Replayed, forget, record_step
 from utils.submission import check_submission
 
@@ -128,6 +129,9 @@ def test_graphs_compute_what_single_calls_do(precision, window, same_noise):
             model.optim.param_groups[0]["lr"] = 0.001 * (epoch + 1)
             losses = [finite_step(model, (img, label)) for _ in range(2)]
         found.append((flat(losses), flat(model.parameters())))
+        if record and not ON_CPU:  # not called as before
+            assert all("forward" in getattr(model, name).__dict__ for name in NETWORKS)
+            assert precision == "fp16" or model.session.take_step.replayed.graph
     (losses, weights), (expected, wanted) = found[1], found[0]
     assert apart(losses, expected) < TOLERANCE[precision]
     assert apart(weights, wanted) < TOLERANCE[precision]
@@ -140,7 +144,9 @@ def test_graphs_compute_what_single_calls_do(precision, window, same_noise):
     assert again.isfinite() and apart(flat(model.parameters()), wanted) > 0
 
 
-def test_a_graph_that_cannot_be_recorded_costs_nothing(capsys):
+def test_a_graph_that_cannot_be_recorded_costs_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(graphs, "enabled", True)
+
     def sign(x):
         return x if x.sum().item() > 0 else -x  # reads a value back
 
@@ -158,6 +164,7 @@ def test_a_graph_takes_new_inputs():
         x = torch.full((2, 3, 4, 4), float(value), device=DEVICE)
         x = x.contiguous(memory_format=torch.channels_last)
         assert torch.equal(replayed(x, x + 1), 3 * x + 1)
+    assert ON_CPU or replayed.graph
 
 
 @pytest.mark.parametrize("optim", ["Adam", "Muon"])

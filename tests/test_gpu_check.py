@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, run_cli
 
-STEPS = ["data", "train", "train_graphs", "rollout", "profile", "benchmark", "tests",
+STEPS = ["data", "train", "train_graphs", "recorded", "rollout", "profile", "benchmark", "tests",
          "train_compiled"]
 
 

@@ -86,3 +86,25 @@ def test_another_optimizer_state_is_recorded_anew(tiny_data, tmp_path, recording
 def test_where_nothing_can_be_recorded_a_run_says_so(tiny_data, tmp_path, capsys):
     assert train(tiny_data, tmp_path, "--cuda_graphs", "--num_epoch", "1") == 0
     assert "--cuda_graphs: has no effect here" in capsys.readouterr().out
+
+
+def test_a_next_frame_of_another_kind_is_called_every_time(recordings):
+    class Counting(Trainer.VAE_Model):
+        calls = 0
+
+        def next_frame(self, *inputs):
+            self.calls += 1
+            return super().next_frame(*inputs)
+
+    first, label = torch.rand(1, 3, 16, 32), torch.rand(1, 9, 3, 16, 32)
+    args = Trainer.build_parser().parse_args(TINY)
+    model = Counting(args)
+    model.rollout(first, label)
+    assert model.calls == 8 and recordings()[1] == []
+    model = Trainer.VAE_Model(args)
+    model.rollout(first, label)
+    assert [x.replays for x in recordings()[1]] == [6]
+    seen = []
+    model.Generator.register_forward_hook(lambda *_: seen.append(1))
+    model.rollout(first, label)
+    assert len(seen) == 8 and len(recordings()[1]) == 1

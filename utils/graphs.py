@@ -11,7 +11,6 @@ import warnings
 import torch
 
 from utils import distributed
-from utils.averaging import load_network_state, network_state
 from utils.checkpoint import NETWORKS
 from utils.cli import say
 from utils.hardware import autocast, step_if_finite
@@ -19,6 +18,7 @@ from utils.training_state import capture, restore
 
 # the recorded backward passes keep their own autograd graph alive, on their own stream
 warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+enabled = True  # false after a recording that failed
 WARM_UP = 2  # calls before a recording, in which libraries choose kernels and allocate
 
 
@@ -43,35 +43,45 @@ class Graph:
 class Replayed:
     """Call a function of tensors whose shapes never change; on CUDA replay it after WARM_UP calls.
 
-    Where recording fails, the function is called as before.
+    pure: whether the function computes by its inputs and weights alone. Where it does not, or where
+    recording fails, the function is called as before.
     """
 
-    def __init__(self, function):
-        self.function, self.graph, self.calls = function, None, 0
+    def __init__(self, function, pure=True):
+        self.function, self.pure, self.graph, self.calls = function, pure, None, 0
 
     def __call__(self, *inputs):
         self.calls += 1
-        if self.calls == WARM_UP + 1 and can_record(inputs[0].device):
+        if self.calls == WARM_UP + 1 and self.pure and can_record(inputs[0].device):
             self.graph = recorded(lambda: Graph(self.function, *inputs))
         return (self.graph or self.function)(*inputs)
 
 
+def replayed_frame(model, kind):
+    """Return `next_frame` of a model, replayed unless a subclass of `kind` or a hook adds to it."""
+    methods = "next_frame", "decode"
+    own = all(getattr(getattr(model, name), "__func__", None) is getattr(kind, name)
+              for name in methods)
+    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return Replayed(model.next_frame, pure=own and not hooks)
+
+
 def can_record(device):
-    """Return whether a device has graphs."""
-    return device.type == "cuda"
+    """Return whether graphs can be recorded: on the current CUDA device, until one failed."""
+    return enabled and device.type == "cuda" and device.index == torch.cuda.current_device()
 
 
 def recorded(record):
-    """Return record(), or None, after one line, where CUDA can't record it."""
+    """Return record(), or None where CUDA can't record it: one line, and no further recordings."""
+    global enabled
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     state = generator.get_state()
     # a failed recording stays on its own stream, and leaves the generator unusable
     with torch.cuda.stream(torch.cuda.current_stream()):
         try:
             return record()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            enabled = False
             generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
             generator.set_state(state)
             problem = str(error).splitlines()[0]
@@ -110,23 +120,21 @@ def record_networks(model):
     frames = torch.rand(args.batch_size, 2, 3, args.frame_H, args.frame_W, device=model.device)
     try:
         model.training_one_step(frames, frames, True)
-    finally:
         for hook in hooks:
             hook.remove()
-    restore(model, saved)
-    if len(networks) != len(set(networks)):  # a subclass with a step of its own
-        return
-    weights = network_state(model)  # BatchNorm's statistics change
-    try:
+        if len(networks) > len(set(networks)):  # a subclass with a step of its own
+            return
         with autocast(model.device, model.precision, cache=False):
             torch.cuda.make_graphed_callables(tuple(networks), tuple(inputs))
+        for network, given in zip(networks, inputs):
+            network.forward = for_shapes(network, given)
     except RuntimeError:
         forget(model)
         raise
     finally:
-        load_network_state(model, weights)
-    for network, given in zip(networks, inputs):
-        network.forward = for_shapes(network, given)
+        for hook in hooks:
+            hook.remove()
+        restore(model, saved)
 
 
 def for_shapes(network, recorded_inputs):
@@ -165,7 +173,8 @@ class OptimizerStep:
         addresses = [x.data_ptr() for state in optimizer.state.values() for x in state.values()]
         if addresses != self.addresses:
             self.replayed, self.addresses = Replayed(self.step), addresses
-        lr = torch.tensor(optimizer.param_groups[0]["lr"], device=gradients[0].device)
+        # a tensor made on the device: a copy would wait for it
+        lr = torch.full((), optimizer.param_groups[0]["lr"], device=gradients[0].device)
         return self.replayed(lr, *gradients)
 
     def step(self, lr, *gradients):
