@@ -701,7 +701,8 @@ def measure(args, root, folder):
                         f"frames; expected {args.batch_size} windows of {args.train_vi_len}")
     ways, rounds, sizes = 2 + args.compile, args.runs + 1, len({size for *_, size in bench.sizes()})
     pool = (ways + args.device.startswith("cuda")) * (4 * args.runs + 1)
-    calls = {"data": 2 * rounds, "training": 2 * ways * rounds, "pool": pool, "rollout": ways * rounds, "memory": len(bench.memory_cases()),
+    calls = {"data": 2 * rounds, "training": 2 * ways * rounds, "pool": pool,
+             "rollout": ways * rounds, "memory": len(bench.memory_cases()),
              "growth": 2 * (max(1, args.runs // 2) + 1) * sizes, "equality": 0}
     chosen = [part for part in PARTS if part in args.only]
     total = sum(calls[part] for part in chosen)
