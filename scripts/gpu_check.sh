@@ -19,9 +19,11 @@ chosen=" $* "
 export GPU_CHECK_DEVICE=${GPU_CHECK_DEVICE:-cuda}  # read by the tests and gpu_report.py too
 cd "$root"
 
-frames=1200 sequence=630 runs=3 rollout=100 patience=1 sizes=() tiny=() training=training
+frames=1200 sequence=630 runs=3 rollout=100 patience=1 sizes=() tiny=()
+parts=(training pool rollout memory)
 if [ "$GPU_CHECK_DEVICE" = cpu ]; then
-    frames=64 sequence=12 runs=1 rollout=4 patience=6 tiny=(--quick) training=
+    frames=64 sequence=12 runs=1 rollout=4 patience=6 tiny=(--quick)
+    parts=(pool rollout)
     sizes=(--frame_H 16 --frame_W 16 --F_dim 16 --L_dim 8 --N_dim 4 --D_out_dim 16 --val_vi_len 12)
     export TORCHDYNAMO_DISABLE=1  # --compile is passed, but kernels take a CPU minutes to build
 fi
@@ -54,8 +56,7 @@ step recorded 2 bash -c '! grep "no CUDA graph" "$0"/train*.log' "$out"
 step rollout 40 "$python" Tester.py "${data[@]}" --save_root "$out/rollout" \
     --ckpt_path "$out/train/best.ckpt" "${device[@]}"
 step profile 50 "$python" scripts/gpu_report.py profile "$out"
-step benchmark 80 "${bench[@]}" --only $training pool rollout memory \
-    --json "$out/benchmark.json"
+step benchmark 80 "${bench[@]}" --only "${parts[@]}" --json "$out/benchmark.json"
 step tests 148 "$python" -m pytest -q -m gpu tests/test_gpu.py --junitxml "$out/tests.xml"
 step train_compiled 100 "${train[@]}" --save_root "$out/train_compiled" --compile
 "$python" scripts/gpu_report.py summary "$out" || failed=1

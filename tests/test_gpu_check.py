@@ -36,7 +36,7 @@ def test_every_step_runs_and_the_summary_says_so(checked):
         assert [row["epoch"] for row in found["training"][name]] == [0, 1]
         assert all(row["frames_per_second"] > 0 for row in found["training"][name])
     assert {row["whose"] for row in found["timings"]} == {"ours"}
-    assert found["memory"] and found["profile"].keys() == {"pool step", "template step"}
+    assert found["profile"].keys() == {"pool step", "template step"}
     for row in found["profile"].values():
         assert row["kernels"] > 100 and 0 < row["ms busy"] <= row["ms"]
     assert (checked / "rollout" / "submission.csv").exists()
