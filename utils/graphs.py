@@ -63,7 +63,7 @@ def replayed_frame(model, kind):
     own = all(getattr(getattr(model, name), "__func__", None) is getattr(kind, name)
               for name in methods)
     hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    return Replayed(model.next_frame, pure=own and not hooks)
+    return Replayed(model.next_frame, pure=own and not hooks and not model.args.compile)
 
 
 def can_record(device):
