@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scripts.kill_test import differences
-from utils.muon import COEFFICIENTS, Muon, is_matrix, orthogonalize
+from utils.muon import WEIGHT_DECAY, COEFFICIENTS, Muon, is_matrix, orthogonalize
 
 SHAPES = [(16, 8, 3, 3), (16, 8, 3, 3), (8, 32, 1, 1), (24, 24, 1, 1),
           (8, 3, 3, 3), (3, 16, 1, 1), (16, 1, 3, 3), (16,)]
@@ -106,7 +106,8 @@ def test_a_step_is_as_large_as_one_of_adam_in_all_directions():
 
 def test_other_weights_are_adamws():
     ours, theirs = weights(), weights()
-    muon, adamw = Muon(ours, lr=0.01, fused=True), torch.optim.AdamW(theirs, lr=0.01, fused=True)
+    muon = Muon(ours, lr=0.01, fused=True)
+    adamw = torch.optim.AdamW(theirs, lr=0.01, weight_decay=WEIGHT_DECAY, fused=True)
     for seed in (1, 2, 3):
         for parameters, optimizer in ((ours, muon), (theirs, adamw)):
             give_gradients(parameters, seed)

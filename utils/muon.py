@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 MOMENTUM = 0.95
+WEIGHT_DECAY = 0.1  # Liu et al.; AdamW's 0.01 overfits in an hour: docs/EXPERIMENTS.md
 # a x + b x^3 + c x^5 (Jordan et al.): five iterations take singular values >= 0.002 to 0.7..1.2
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), (3, 2)
 
@@ -92,6 +93,9 @@ class Muon(torch.optim.AdamW):
     "Muon is Scalable for LLM Training", section 2.2). A step changes nothing where `found_inf` is
     1, as in PyTorch's fused optimizers (fused=True), so that the host does not wait for a GPU.
     """
+
+    def __init__(self, params, lr=1e-3, weight_decay=WEIGHT_DECAY, **settings):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, **settings)
 
     @torch.no_grad()
     def step(self):
