@@ -79,6 +79,9 @@ def test_a_finished_run_says_so(tiny_data, tiny_run, tmp_path, capsys):
     assert train(tiny_data, folder, "--resume") == 0
     assert "all 2 epochs are done" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    (folder / "val_pred_large.gif").unlink()  # as after a kill before a run's last file
+    assert train(tiny_data, folder, "--resume") == 0
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
 def test_a_finished_run_that_was_fitted_to_minutes_says_so(tiny_data, tmp_path, capsys):

@@ -259,7 +259,7 @@ def catch_up_alone(model, open_data):
             begin_average(model)
             restore_checkpoint(model, saved, args.ckpt_path)
             catch_up(model)
-            logger.enlarge(model)
+        logger.enlarge(model)  # the kill may have come before a run's last file
 
 
 # ---------------------------------------------------------------- ranks
