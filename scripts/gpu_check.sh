@@ -19,11 +19,9 @@ chosen=" $* "
 export GPU_CHECK_DEVICE=${GPU_CHECK_DEVICE:-cuda}  # read by the tests and gpu_report.py too
 cd "$root"
 
-frames=1200 sequence=630 runs=3 rollout=100 patience=1 sizes=() tiny=()
-parts=(training pool rollout memory)
+frames=1200 sequence=630 runs=3 rollout=100 patience=1 sizes=() tiny=() training=training
 if [ "$GPU_CHECK_DEVICE" = cpu ]; then
-    frames=64 sequence=12 runs=1 rollout=4 patience=6 tiny=(--quick)
-    parts=(pool rollout)
+    frames=64 sequence=12 runs=1 rollout=4 patience=6 tiny=(--quick) training=
     sizes=(--frame_H 16 --frame_W 16 --F_dim 16 --L_dim 8 --N_dim 4 --D_out_dim 16 --val_vi_len 12)
     export TORCHDYNAMO_DISABLE=1  # --compile is passed, but kernels take a CPU minutes to build
 fi
@@ -48,16 +46,18 @@ train=("$python" Trainer.py "${data[@]}" --fast_train --num_epoch 2 --tfr_sde 1 
 bench=("$python" scripts/benchmark.py "${data[@]}" --runs "$runs" --rollout_frames "$rollout"
        "${device[@]}" "${tiny[@]}")
 
-step data 20 "$python" scripts/make_demo_data.py "$out/data" --train_frames "$frames" \
+step data 15 "$python" scripts/make_demo_data.py "$out/data" --train_frames "$frames" \
     --sequence_frames "$sequence"
-step train 75 "${train[@]}" --save_root "$out/train"
-step train_graphs 75 "${train[@]}" --save_root "$out/train_graphs" --cuda_graphs
-step recorded 2 bash -c '! grep "no CUDA graph" "$0"/train*.log' "$out"
+step train 65 "${train[@]}" --save_root "$out/train"
+step train_graphs 65 "${train[@]}" --save_root "$out/train_graphs" --cuda_graphs
 step rollout 40 "$python" Tester.py "${data[@]}" --save_root "$out/rollout" \
     --ckpt_path "$out/train/best.ckpt" "${device[@]}"
-step profile 50 "$python" scripts/gpu_report.py profile "$out"
-step benchmark 80 "${bench[@]}" --only "${parts[@]}" --json "$out/benchmark.json"
-step tests 148 "$python" -m pytest -q -m gpu tests/test_gpu.py --junitxml "$out/tests.xml"
-step train_compiled 100 "${train[@]}" --save_root "$out/train_compiled" --compile
+step recorded 2 bash -c '! grep -s "no CUDA graph" "$0"/train*.log "$0"/rollout.log' "$out"
+step profile 45 "$python" scripts/gpu_report.py profile "$out"
+step benchmark 75 "${bench[@]}" --only $training pool rollout memory \
+    --json "$out/benchmark.json"
+step tests 125 "$python" -m pytest -q -m gpu tests/test_gpu.py --junitxml "$out/tests.xml"
+step train_compiled 90 "${train[@]}" --save_root "$out/train_compiled" --compile
+step benchmark_compiled 68 "${bench[@]}" --only pool --compile --json "$out/benchmark_compiled.json"
 "$python" scripts/gpu_report.py summary "$out" || failed=1
 exit $failed

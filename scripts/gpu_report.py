@@ -166,7 +166,7 @@ def collect(out):
         "machine": benchmark.machine(device if here else "cpu"), "device": device,
         "steps": read_steps(out), "tests": read_tests(out),
         "training": {name: read_training(out / name) for name in TRAINED},
-        "timings": timings(found),
+        "timings": timings(found) + timings(read_json(out / "benchmark_compiled.json")),
         "memory": (found or {}).get("memory", []), "profile": read_json(out / "profile.json")}
 
 

@@ -23,7 +23,6 @@ from scripts.reference_loop import reference_rollout, reference_step
 from utils.checkpoint import NETWORKS
 from utils.compiling import mark_for_compiling
 from utils import graphs
-from utils.graphs import Replayed, forget, record_step
 from utils.submission import check_submission
 
 DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
@@ -124,7 +123,7 @@ def test_graphs_compute_what_single_calls_do(precision, window, same_noise):
     for record in (False, True):
         model = build(precision, "--recipe", "pool", "--batch_size", str(B), "--train_vi_len", "2")
         if record:
-            record_step(model)
+            graphs.record_step(model)
         for epoch in range(3):  # a learning rate of its own for each step
             model.optim.param_groups[0]["lr"] = 0.001 * (epoch + 1)
             losses = [finite_step(model, (img, label)) for _ in range(2)]
@@ -139,7 +138,7 @@ def test_graphs_compute_what_single_calls_do(precision, window, same_noise):
     model.training_one_step(img * float("nan"), label, TEACHER_FORCED[:2])
     assert model.state.skipped_in_a_row == 1
     assert differences(before, network_state(model)) == []
-    forget(model)
+    graphs.forget(model)
     again = finite_step(model, (img, label))
     assert again.isfinite() and apart(flat(model.parameters()), wanted) > 0
 
@@ -150,7 +149,7 @@ def test_a_graph_that_cannot_be_recorded_costs_nothing(capsys, monkeypatch):
     def sign(x):
         return x if x.sum().item() > 0 else -x  # reads a value back
 
-    replayed = Replayed(sign)
+    replayed = graphs.Replayed(sign)
     for value in (1.0, -2.0, 3.0, -4.0, 5.0):
         x = torch.full((2,), value, device=DEVICE)
         assert torch.equal(replayed(x), x.abs())
@@ -159,7 +158,7 @@ def test_a_graph_that_cannot_be_recorded_costs_nothing(capsys, monkeypatch):
 
 
 def test_a_graph_takes_new_inputs():
-    replayed = Replayed(lambda x, y: x * 2 + y)
+    replayed = graphs.Replayed(lambda x, y: x * 2 + y)
     for value in range(6):
         x = torch.full((2, 3, 4, 4), float(value), device=DEVICE)
         x = x.contiguous(memory_format=torch.channels_last)

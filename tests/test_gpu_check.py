@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import ROOT, run_cli
 
-STEPS = ["data", "train", "train_graphs", "recorded", "rollout", "profile", "benchmark", "tests",
-         "train_compiled"]
+STEPS = ["data", "train", "train_graphs", "rollout", "recorded", "profile", "benchmark", "tests",
+         "train_compiled", "benchmark_compiled"]
 
 
 def gpu_check(*words):
@@ -35,8 +35,8 @@ def test_every_step_runs_and_the_summary_says_so(checked):
     for name in ("train", "train_graphs", "train_compiled"):
         assert [row["epoch"] for row in found["training"][name]] == [0, 1]
         assert all(row["frames_per_second"] > 0 for row in found["training"][name])
-    assert {row["whose"] for row in found["timings"]} == {"ours"}
-    assert found["profile"].keys() == {"pool step", "template step"}
+    assert {row["whose"] for row in found["timings"]} == {"ours", "compiled"}
+    assert found["memory"] and found["profile"].keys() == {"pool step", "template step"}
     for row in found["profile"].values():
         assert row["kernels"] > 100 and 0 < row["ms busy"] <= row["ms"]
     assert (checked / "rollout" / "submission.csv").exists()

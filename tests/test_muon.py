@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scripts.kill_test import differences
-from utils.muon import WEIGHT_DECAY, COEFFICIENTS, Muon, is_matrix, orthogonalize
+from utils.muon import COEFFICIENTS, WEIGHT_DECAY, Muon, is_matrix, orthogonalize
 
 SHAPES = [(16, 8, 3, 3), (16, 8, 3, 3), (8, 32, 1, 1), (24, 24, 1, 1),
           (8, 3, 3, 3), (3, 16, 1, 1), (16, 1, 3, 3), (16,)]

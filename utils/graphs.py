@@ -7,6 +7,7 @@ call by call.
 """
 
 import warnings
+from contextlib import contextmanager
 
 import torch
 
@@ -71,6 +72,17 @@ def can_record(device):
     return enabled and device.type == "cuda" and device.index == torch.cuda.current_device()
 
 
+@contextmanager
+def plain_calls():
+    """Record nothing inside."""
+    global enabled
+    before, enabled = enabled, False
+    try:
+        yield
+    finally:
+        enabled = before
+
+
 def recorded(record):
     """Return record(), or None where CUDA can't record it: one line, and no further recordings."""
     global enabled
@@ -109,32 +121,41 @@ def record_step(model):
 
 def record_networks(model):
     """Replace the forward and backward pass of each network, in training, by graphs."""
-    args, networks, inputs = model.args, [], []
     saved = capture(model)
-
-    def note(network, given):  # copies: an autograd graph kept alive would end the recording
-        networks.append(network)
-        inputs.append(tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in given))
-
-    hooks = [getattr(model, name).register_forward_pre_hook(note) for name in NETWORKS]
-    frames = torch.rand(args.batch_size, 2, 3, args.frame_H, args.frame_W, device=model.device)
     try:
-        model.training_one_step(frames, frames, True)
-        for hook in hooks:
-            hook.remove()
+        networks, inputs = calls_in_a_step(model)
         if len(networks) > len(set(networks)):  # a subclass with a step of its own
             return
         with autocast(model.device, model.precision, cache=False):
-            torch.cuda.make_graphed_callables(tuple(networks), tuple(inputs))
+            torch.cuda.make_graphed_callables(networks, inputs)
         for network, given in zip(networks, inputs):
             network.forward = for_shapes(network, given)
     except RuntimeError:
         forget(model)
         raise
     finally:
+        restore(model, saved)
+
+
+def calls_in_a_step(model):
+    """Return the networks in the order of their calls, and copies of the inputs of each call.
+
+    Copies, as an autograd graph that is kept alive would end a recording.
+    """
+    args, calls = model.args, []
+
+    def note(network, given):
+        copies = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in given)
+        calls.append((network, copies))
+
+    hooks = [getattr(model, name).register_forward_pre_hook(note) for name in NETWORKS]
+    frames = torch.rand(args.batch_size, 2, 3, args.frame_H, args.frame_W, device=model.device)
+    try:
+        model.training_one_step(frames, frames, True)
+    finally:
         for hook in hooks:
             hook.remove()
-        restore(model, saved)
+    return tuple(network for network, _ in calls), tuple(given for _, given in calls)
 
 
 def for_shapes(network, recorded_inputs):
