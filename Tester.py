@@ -5,7 +5,8 @@
     # the assignment's command
     python Tester.py --DR data --save_root out --ckpt_path ckpt/best.ckpt
 
-Sizes, frame shape, output activation and data path come from the checkpoint where no flag is given.
+Sizes, frame shape, sequence length, output activation and data path come from the checkpoint where
+no flag is given.
 """
 
 from concurrent.futures import ThreadPoolExecutor

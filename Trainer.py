@@ -370,7 +370,7 @@ class VAE_Model(nn.Module):
         return F.mse_loss(self.predicted, truth), torch.stack(psnrs).tolist()
 
     def eval(self):
-        """Run one validation rollout. Returns the mean PSNR over its frames in dB; makes save_root.
+        """Roll out the validation data. Returns the mean PSNR over frames in dB; makes save_root.
 
         Hides nn.Module.eval(), as in the template: `nn.Module.train(model, flag)` switches modes.
         """
@@ -491,8 +491,7 @@ class VAE_Model(nn.Module):
         """Do the rest of the epoch's training steps; frames generated in one go into the pool."""
         state, budget = self.state, self.session.budget
         steps, began = self.steps_in(self.current_epoch), time.monotonic() - state.seconds
-        # with --max_minutes the last epoch is repeated until the time is over
-        repeats = budget and budget.fitted and self.current_epoch == state.num_epoch - 1
+        repeats = budget and budget.repeats_epoch(state)  # until the time is over
         with logger.epoch_bar(self, None if repeats else steps) as bar:
             while True:
                 done = state.step % steps if repeats else state.step
@@ -506,6 +505,7 @@ class VAE_Model(nn.Module):
                     session.end_step(self, loss, bar, last=state.step % steps == 0)
                     if budget and budget.over():
                         return
+                repeats = budget and budget.repeats_epoch(state)  # steps may have become slower
                 if not repeats:
                     return
 
@@ -525,8 +525,8 @@ class VAE_Model(nn.Module):
         session.agree(self)
         if self.session.budget and self.session.budget.over():
             state.num_epoch = state.epoch
-        names = ["best.ckpt"] * best + [f"epoch={epoch}.ckpt"] * (epoch % args.per_save == 0)
-        self.write([*names, "last.ckpt"])
+        kept = [f"epoch={epoch}.ckpt"] * (epoch % args.per_save == 0)  # needs more room: at the end
+        self.write(["best.ckpt"] * best + ["last.ckpt"] + kept)
         if distributed.rank() == 0:
             logger.write_epoch(self, best)
 

@@ -21,7 +21,7 @@ import Trainer
 from utils.checkpoint import read_checkpoint, write_checkpoint
 from utils import cli
 from utils import files
-from conftest import ROOT, TINY, in_process
+from conftest import ROOT, TINY, in_process, send_at
 from scripts.kill_test import compare
 
 OF_A_TEST = "psnr_per_frame.csv", "psnr_per_frame.png", "val_pred.gif"
@@ -210,6 +210,19 @@ def test_checkpoints_are_written_before_tables_and_figures(tiny_data, tiny_run, 
     assert compare(tmp_path / "run", tiny_run) == []
 
 
+def test_a_disk_that_has_no_room_for_another_checkpoint(tiny_data, tiny_run, tmp_path, capsys):
+    """A folder named epoch=3.ckpt stands for a disk without room for a further file."""
+    whole, folder = (shutil.copytree(tiny_run, tmp_path / name) for name in ("whole", "run"))
+    assert train(tiny_data, whole, "--resume", "--num_epoch", 5) == 0
+    (folder / "epoch=3.ckpt").mkdir()
+    assert train(tiny_data, folder, "--resume", "--num_epoch", 5) == 2
+    assert "epoch=3.ckpt" in capsys.readouterr().err
+    assert read_checkpoint(folder / "last.ckpt")["last_epoch"] == 3  # the epoch is not lost
+    (folder / "epoch=3.ckpt").rmdir()
+    assert train(tiny_data, folder, "--resume", "--num_epoch", 5) == 0
+    assert compare(folder, whole) == []
+
+
 def test_a_table_that_cannot_be_written_ends_no_run(tiny_data, tiny_run, tmp_path, capsys):
     """Nothing can be renamed to a folder's name, nor to that of a file open in Excel on Windows."""
     whole, folder = (shutil.copytree(tiny_run, tmp_path / name) for name in ("whole", "run"))
@@ -232,13 +245,22 @@ def test_a_table_that_cannot_be_written_ends_no_run(tiny_data, tiny_run, tmp_pat
     assert compare(folder, whole) == []
 
 
-def test_a_kill_between_checkpoints_and_tables_loses_no_table(tiny_data, tiny_run, tmp_path):
+def test_a_kill_between_checkpoints_and_tables_loses_no_table(
+    tiny_data, tiny_run, tmp_path, monkeypatch
+):
     whole, folder = (shutil.copytree(tiny_run, tmp_path / name) for name in ("whole", "run"))
     assert train(tiny_data, whole, "--resume", "--num_epoch", 3) == 0
     for name in ("history.csv", "steps.csv", *OF_A_TEST):
         (folder / name).unlink()
+    again = shutil.copytree(folder, tmp_path / "again")
     assert train(tiny_data, folder, "--resume", "--num_epoch", 3) == 0
     assert compare(folder, whole) == []
+
+    with monkeypatch.context() as patch:  # a stop while the missing tables are made
+        send_at(patch, "val_one_step", 1, signal.SIGINT)
+        assert train(tiny_data, again, "--resume", "--num_epoch", 4) == 130
+    assert train(tiny_data, again, "--resume", "--num_epoch", 3) == 0
+    assert compare(again, whole) == []
 
 
 def test_a_figure_that_cannot_be_drawn_ends_no_run(tiny_data, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import csv
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,15 +47,91 @@ def test_a_run_with_time_to_spare_is_left_alone(tiny_data, tiny_run, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Have time.monotonic() pass by 0.1 s in a training step, and by nothing else."""
-    now, step = [0.0], Trainer.VAE_Model.training_one_step
+    """Have time.monotonic() pass by 0.1 s in a training step, and by nothing else.
+
+    A test may set `pace`: the seconds of a step by its number, trial steps included.
+    """
+    clock = SimpleNamespace(now=0.0, steps=0, pace=lambda number: 0.1)
+    step = Trainer.VAE_Model.training_one_step
 
     def timed(*args):
-        now[0] += 0.1
+        clock.steps += 1
+        clock.now += clock.pace(clock.steps)
         return step(*args)
 
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(Trainer.VAE_Model, "training_one_step", timed)
+    return clock
+
+
+def test_steps_that_become_slower_end_the_curves_in_time(clock, tiny_data, tmp_path, capsys):
+    """Time for two epochs of 64 steps at first; then for half of what is left."""
+    clock.pace = lambda number: 0.1 if number <= 40 else 0.2
+    words = ["--batch_size", "1", "--max_minutes", "0.32"]
+    _, rows, last = run(tiny_data, tmp_path, *words)
+    assert capsys.readouterr().out.count("time sets the rest of the run") == 1
+    assert 60 * 0.32 - 7 < clock.now < 60 * 0.32 and len(rows) == 2
+    steps = list(csv.DictReader(open(tmp_path / "steps.csv", newline="", encoding="utf-8")))
+    lrs = [float(row["lr"]) for row in steps]
+    falling = lrs[lrs.index(max(lrs)):]
+    assert sorted(falling, reverse=True) == falling and lrs[-1] < 0.02 * max(lrs)
+    assert int(steps[-1]["step"]) < 128
+    run(tiny_data, tmp_path, *words, "--resume")
+    assert "all 2 epochs are done" in capsys.readouterr().out
+
+
+def test_a_run_that_became_slower_resumes_where_time_had_brought_it(
+    clock, tiny_data, tmp_path, monkeypatch
+):
+    clock.pace = lambda number: 0.1 if number <= 40 else 0.2
+    words = ["--batch_size", "1", "--max_minutes", "0.32"]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        send_at(patch, "training_one_step", 75, signal.SIGINT)
+        run(tiny_data, tmp_path, *words)
+    run(tiny_data, tmp_path, *words, "--resume")
+    steps = list(csv.DictReader(open(tmp_path / "steps.csv", newline="", encoding="utf-8")))
+    lrs = [float(row["lr"]) for row in steps]
+    falling = lrs[lrs.index(max(lrs)):]
+    assert sorted(falling, reverse=True) == falling and lrs[-1] < 0.02 * max(lrs)
+
+
+def test_a_validation_makes_no_step_slower(clock, tiny_data, tmp_path, monkeypatch, capsys):
+    """With hardly more time than all epochs need, and validations as long as epochs."""
+    validation = Trainer.VAE_Model.rollout
+
+    def timed(self, first, label, on_block=None):
+        clock.now += 6 * (label.shape[1] - 1) / 19
+        return validation(self, first, label, on_block)
+
+    monkeypatch.setattr(Trainer.VAE_Model, "rollout", timed)
+    words = ["--batch_size", "1", "--num_epoch", "3"]  # 3 * 64 steps and 3 validations: 37.2 s
+    _, rows, last = run(tiny_data, tmp_path, *words, "--max_minutes", "0.95")
+    assert len(rows) == 3 and not last["resume"]["state"]["by_time"]
+    assert "time sets the rest" not in capsys.readouterr().out
+
+
+def test_a_stop_in_the_last_validation_costs_no_further_minutes(
+    clock, tiny_data, tmp_path, monkeypatch
+):
+    words = ["--batch_size", "1", "--max_minutes", "0.15", "--num_epoch", "70"]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        send_at(patch, "val_one_step", 1, signal.SIGINT)
+        run(tiny_data, tmp_path, *words)
+    before = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    taken = clock.steps
+    _, rows, last = run(tiny_data, tmp_path, *words, "--resume")
+    assert clock.steps - taken <= 6  # the five of a trial, and one at a learning rate of 0
+    assert len(rows) == 1 and last["last_epoch"] == 0
+    for name, weight in before["train_state_dict"].items():
+        if "running" not in name and "tracked" not in name:  # statistics of BatchNorm
+            assert torch.equal(weight, last["train_state_dict"][name])
+
+
+def test_the_time_that_is_left_is_not_that_of_the_first_steps(clock, tiny_data, tmp_path, capsys):
+    clock.pace = lambda number: 600 if number == 1 else 60
+    Trainer.main(["--DR", str(tiny_data), "--save_root", str(tmp_path), *TINY,
+                  "--batch_size", "1", "--num_epoch", "1"])
+    assert "about 34 min of training left" in capsys.readouterr().out  # 34 of 64 steps
 
 
 def test_a_resumed_run_has_the_rest_of_the_curves(clock, tiny_data, tmp_path, monkeypatch):

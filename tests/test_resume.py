@@ -150,6 +150,47 @@ def test_another_pool_or_frame_shape_resumes(tiny_data, tiny_run, tmp_path, caps
     assert f"{flags[0]} {flags[1]}: the checkpoint has" in capsys.readouterr().out
 
 
+def test_scores_of_other_validations_do_not_compete(tiny_data, tiny_run, tmp_path, capsys):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    saved = load(folder / "last.ckpt")
+    saved["resume"]["state"]["best_psnr"] = 40.0  # as after shorter rollouts
+    torch.save(saved, folder / "last.ckpt")
+    flags = "--resume", "--num_epoch", 3
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    assert train(tiny_data, whole, *flags) == 0
+    assert load(whole / "best.ckpt")["last_epoch"] < 2
+    assert train(tiny_data, folder, *flags, "--val_vi_len", 10) == 0
+    assert "--val_vi_len 10: PSNR does not compare" in capsys.readouterr().out
+    assert load(folder / "best.ckpt")["last_epoch"] == 2
+    assert len(rows(folder / "psnr_per_frame.csv")) == 9
+
+
+@pytest.mark.parametrize("recipe", ["pool", "template", "template --lr 0.002"])
+def test_a_third_party_checkpoints_rate_is_not_the_runs_peak(
+    tiny_data, tiny_run, tmp_path, monkeypatch, recipe
+):
+    """A template's checkpoint holds the last epoch's learning rate, a hundredth of the peak."""
+    weights = load(tiny_run / "last.ckpt")["state_dict"]
+    torch.save({"state_dict": weights, "optimizer": weights, "lr": 1e-5, "tfr": 0.5,
+                "last_epoch": 5}, tmp_path / "theirs.ckpt")
+    own = "--num_epoch", 8, "--recipe", *recipe.split()
+    flags = "--ckpt_path", tmp_path / "theirs.ckpt", "--train_vi_len", 2, *own
+    assert train(tiny_data, tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        send_at(patch, "training_one_step", 5, signal.SIGINT)
+        assert train(tiny_data, tmp_path / "run", *flags) == 130
+    assert train(tiny_data, tmp_path / "run", "--resume", *own) == 0
+    assert compare(tmp_path / "run", tmp_path / "whole") == []
+
+
+def test_a_finished_run_is_not_written_into_another_folder(tiny_data, tiny_run, tmp_path, capsys):
+    flags = "--ckpt_path", tiny_run / "last.ckpt", "--resume"
+    for folder in (tmp_path / "new", tmp_path):
+        assert train(tiny_data, folder, *flags) == 0
+        assert "all 2 epochs are done" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("recipe, batch", [("pool", 2), ("template", 1)])
 def test_another_batch_size_moves_no_schedule_and_skips_no_data(
     tiny_data, tmp_path, monkeypatch, capsys, recipe, batch

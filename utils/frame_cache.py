@@ -20,6 +20,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 
 from utils.cli import UserError, progress, say
+from utils.files import flush_to_disk
 
 MAX_PIXELS = 64_000_000  # a file that claims more is a mistake or an attack (30 KB can claim 10 GB)
 # read_image refuses such a file in one line of its own
@@ -179,6 +180,8 @@ def cached(paths, frame_H, frame_W, folder, workers=4, desc="decoding"):
     try:
         # the array is not kept in a variable: Windows can't rename a file that is mapped
         decode(paths, frame_H, frame_W, workers, new_array(aside, shape), desc)
+        with open(aside, "rb+") as file:  # else frames may be black after a power cut
+            flush_to_disk(file.fileno())
         try:
             os.replace(aside, path)
         except PermissionError:  # on Windows, where another process maps its finished file

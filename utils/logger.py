@@ -14,7 +14,7 @@ from utils.options import unlike_template
 from utils.schedules import share_done, teacher_forcing_ratio
 
 STEP_ROWS = 2000  # rows of steps.csv in a run, at most
-FIRST_STEPS = 20  # steps that a run's duration is estimated from
+WARM_UP, TIMED = 10, 20  # a run's first steps, and those that its duration is estimated from
 
 
 # ---------------------------------------------------------------- validation of a checkpoint
@@ -80,13 +80,15 @@ def print_start(model):
 
 
 def print_duration(model):
-    """Print, after the first steps, how long the whole run will take."""
+    """Print, after the first steps, how long the rest of the training will take."""
     state, session = model.state, model.session
-    steps, began = session.first_step
-    if session.budget or state.steps_done - steps != FIRST_STEPS:
+    done = state.steps_done - session.steps_before
+    if done == WARM_UP:  # a GPU takes up to half a minute to its first step
+        session.warm = time.monotonic()
+    if session.budget or done != WARM_UP + TIMED:
         return
     left = (1 - share_done(model)) * session.total_steps
-    seconds = (time.monotonic() - began) / FIRST_STEPS * left
+    seconds = (time.monotonic() - session.warm) / TIMED * left
     line = f"about {duration(seconds)} of training left, and validation after each epoch"
     if seconds > 3 * 3600 and model.device.type == "cpu":
         line += "; --max_minutes M fits the run, schedules included, to M minutes"

@@ -3,6 +3,8 @@
 The functions take a VAE_Model.
 """
 
+import math
+import shutil
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,12 +20,14 @@ from utils.averaging import begin_average
 from utils.checkpoint import file_version, is_latest_in, is_resumable, read_checkpoint
 from utils.cli import Stopped, UserError, say
 from utils.compiling import compile_networks
-from utils.files import csv_length, locked, set_aside, sweep_leftovers
+from utils.files import atomic, csv_length, locked, set_aside, sweep_leftovers
 from utils.hardware import enough_memory, keep_precision, step_if_finite
 from utils.schedules import set_learning_rate, share_done
 from utils.training_state import capture, restore, restore_checkpoint
 
 MAX_SKIPPED = 20  # non-finite steps in a row that end training
+# flags whose change makes validations that do not compare with earlier ones
+OF_A_VALIDATION = "val_vi_len", "frame_H", "frame_W", "z", "rollouts"
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Session:
 
     command: list = field(default_factory=list)   # words that started this run
     began: float | None = None                    # time.monotonic() when the run started
+    behind: bool = False                          # whether `catch_up` is at work
     stop: distributed.StopSignal = field(default_factory=distributed.StopSignal)
     budget: time_budget.TimeBudget | None = None  # of --max_minutes
     total_steps: int | None = None                # of the whole run; None outside a training stage
@@ -41,7 +46,8 @@ class Session:
     clips: list | None = None                     # start indices of the training data's clips
     poses: torch.Tensor | None = None             # training poses for BatchNorm recalibration
     ensemble: list = field(default_factory=list)  # further models, for the mean of predictions
-    first_step: tuple = (0, 0.0)                  # steps done at the first step, and its time
+    steps_before: int = 0                         # steps done before this training stage
+    warm: float = 0.0                             # time.monotonic() after its first few steps
     saved: dict | None = None                     # a checkpoint's state, until training resumes
     version: tuple | None = None                  # `file_version` of that checkpoint
     share: float | None = None                    # done of the run that is resumed
@@ -73,8 +79,9 @@ def guarded(model):
         try:
             yield
         except Stopped:
-            model.write(["last.ckpt"])
-            logger.write_tables(model)
+            if not session.behind:  # else the next resume finds by history.csv what is missing
+                model.write(["last.ckpt"])
+                logger.write_tables(model)
             command = distributed.resume_command(session.command)
             say(f"stopped in epoch {model.current_epoch}, saved; resume "
                 + (f"with: {command}" if session.command else f"from {args.save_root}/last.ckpt"))
@@ -93,7 +100,7 @@ def prepare(model):
     """
     args, state, session = model.args, model.state, model.session
     # between reading the checkpoint and locking the folder, decoding may have taken minutes
-    if session.saved and Path(args.ckpt_path).resolve().parent == Path(args.save_root).resolve():
+    if session.saved and resumes_in_place(args):
         if file_version(args.ckpt_path) != session.version:
             raise UserError(f"{args.ckpt_path}: another run has written it meanwhile; "
                             f"expected the same command once more")
@@ -120,12 +127,13 @@ def prepare(model):
             session.board = figures.open_tensorboard(Path(args.save_root) / "tensorboard")
         if resumes_here and state.step == 0:
             catch_up(model)
+    args.lr = model.scheduler.base_lrs[0]  # of a third-party checkpoint it was the last epoch's
     logger.print_start(model)
     if args.compile:
         compile_networks(model)
     if args.cuda_graphs:
         graphs.record_step(model)
-    session.first_step = state.steps_done, time.monotonic()
+    session.steps_before = state.steps_done
     if args.max_minutes and model.current_epoch < state.num_epoch:
         time_budget.fit(model)
     set_learning_rate(model)  # a resume restored the checkpoint's
@@ -179,6 +187,7 @@ def agree(model):
     budget = model.session.budget
     if budget:
         budget.now = distributed.broadcast(time.monotonic(), model.device)
+        budget.keep_up(model)
     model.session.stop.agree(model.device)
 
 
@@ -195,6 +204,11 @@ def count_steps(model):
 
 
 # ---------------------------------------------------------------- resuming
+
+def resumes_in_place(args):
+    """Return whether --ckpt_path is in --save_root itself."""
+    return Path(args.ckpt_path).resolve().parent == Path(args.save_root).resolve()
+
 
 def epochs_to_train(model):
     """Return the number of epochs of the run.
@@ -217,6 +231,12 @@ def resume(model):
     session.share = saved["state"]["share_done"] if saved["num_epoch"] == args.num_epoch else None
     keep_precision(model, saved)
     restore_checkpoint(model, saved, args.ckpt_path)
+    changed = [f"--{name} {value}" for name, value in vars(args).items() if name in OF_A_VALIDATION
+               and saved["settings"].get(name, value) != value]
+    if changed and state.history:
+        say(f"{', '.join(changed)}: PSNR does not compare with that of earlier epochs, so "
+            f"best.ckpt is the best epoch from here on")
+        state.best_psnr = -math.inf
     if saved["optimizer"]["state"] and not model.optim.state:
         say(f"--optim {args.optim}: starts without state; the checkpoint has another optimizer's")
     if state.train_frames != train_frames:
@@ -232,17 +252,23 @@ def resume(model):
 
 
 def catch_up(model):
-    """Write the newest epoch's tables and figures if a kill came between checkpoint and tables."""
+    """Write what the newest epoch lacks if a kill or a full disk came after its last.ckpt."""
     args, state, root = model.args, model.state, Path(model.args.save_root)
     if distributed.rank() or not state.history:
         return
     if csv_length(root / "history.csv") == len(state.history):
         return
+    model.session.behind, epoch = True, state.history[-1]["epoch"]
+    last, named = root / "last.ckpt", root / f"epoch={epoch}.ckpt"
+    if epoch % args.per_save == 0 and last.exists() and not named.exists():
+        with atomic(named) as aside:
+            shutil.copyfile(last, aside)
     best = root / "best.ckpt"
-    best = best.exists() and read_checkpoint(best)["last_epoch"] == state.history[-1]["epoch"]
+    best = best.exists() and read_checkpoint(best)["last_epoch"] == epoch
     if best or getattr(args, "store_visualization", False):
         model.eval()
     logger.write_epoch(model, best)
+    model.session.behind = False
 
 
 def catch_up_alone(model, open_data):
@@ -251,7 +277,7 @@ def catch_up_alone(model, open_data):
     open_data: called with the model.
     """
     saved, args = model.session.saved, model.args
-    if not saved or not args.resume or distributed.rank():
+    if not saved or not args.resume or distributed.rank() or not resumes_in_place(args):
         return
     with locked(args.save_root), cli.catching_signals(cli.stop):
         if csv_length(Path(args.save_root) / "history.csv") != len(saved["state"]["history"]):
@@ -305,4 +331,5 @@ def validate(model):
     if model.session.budget:
         seconds = distributed.broadcast(time.monotonic() - began, model.device)
         model.session.budget.reserve(seconds)
+        model.session.budget.validated += seconds
     return psnr

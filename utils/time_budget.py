@@ -11,6 +11,7 @@ from utils.schedules import share_done
 from utils.training_state import capture, restore
 
 FEW_FRAMES = 33  # frames of the rollout that is timed; all of them on CUDA, where it is short
+EARLY = 0.1      # share of the time in which a run's pace is not judged
 MARGIN = 1.2, 5  # for the last validation: a factor (the machine may slow down), seconds for files
 
 
@@ -18,17 +19,19 @@ class TimeBudget:
     """Keep the time of a run, in seconds of time.monotonic().
 
     end: by which the last validation is done. validation: its duration. share: the share of the run
-    in [0, 1] that is done at the time `now`.
+    in [0, 1] that is done at the time `now`, after `steps` steps.
     """
 
-    def __init__(self, end, now, validation, share):
-        self.end, self.start_share = end, share
+    def __init__(self, end, now, validation, share, steps):
+        self.end, self.start_share, self.steps = end, share, steps
         self.start = self.now = now
-        self.fitted = False  # whether time sets the schedules; else all epochs have time
+        self.validated = 0.0  # seconds of validations since `start`
+        self.fitted = False   # whether time sets the schedules; else all epochs seem to have time
         self.reserve(validation)
 
     def reserve(self, validation):
         """Set training's deadline: `end` less the last validation's seconds and a margin."""
+        self.validation = validation
         self.deadline = self.end - MARGIN[0] * validation - MARGIN[1]
 
     def over(self):
@@ -39,6 +42,23 @@ class TimeBudget:
         """Return the share of the run in [0, 1] that is done, 1 at the deadline."""
         gone = (self.now - self.start) / max(1e-9, self.deadline - self.start)
         return self.start_share + (1 - self.start_share) * min(1.0, max(0.0, gone))
+
+    def repeats_epoch(self, state):
+        """Return whether the epoch is trained until the time is over: the last of a fitted run."""
+        return self.fitted and state.epoch == state.num_epoch - 1 and not self.over()
+
+    def keep_up(self, model):
+        """Let time set the rest of the schedules where steps became too slow for all epochs."""
+        state, gone = model.state, self.now - self.start
+        share, done = share_done(model), state.steps_done - self.steps
+        if self.fitted or share == 1 or not done or gone < EARLY * (self.deadline - self.start):
+            return
+        needed = (gone - self.validated) / done * (1 - share) * model.session.total_steps
+        needed += self.validation * (state.num_epoch - 1 - state.epoch)
+        if needed > self.deadline - self.now:
+            self.fitted, self.start, self.start_share = True, self.now, share
+            state.by_time = True
+            say("--max_minutes: steps have become slower, so time sets the rest of the run")
 
 
 def fit(model):
@@ -53,16 +73,19 @@ def fit(model):
     now = broadcast(time.monotonic(), model.device)  # one clock for all ranks
     share = share_done(model) if session.share is None else session.share
     end = broadcast(session.began + 60 * args.max_minutes, model.device)
-    budget = TimeBudget(end, now, validation, share)
+    if share >= 1:  # stopped in the last validation
+        end = now
+    budget = TimeBudget(end, now, validation, share, state.steps_done)
     left, epoch = budget.deadline - now, state.epoch
-    before = state.num_epoch < args.num_epoch  # a run that was fitted stays so: time set its share
+    # a run that was fitted stays so: time set its share
+    before = state.num_epoch < args.num_epoch or session.share is not None and state.by_time
     while epoch < args.num_epoch:
         left -= model.steps_in(epoch) * step + (validation if epoch > state.epoch else 0)
         if left < 0 and epoch > state.epoch:
             break
         epoch += 1
     budget.fitted = before or epoch < args.num_epoch or left < 0
-    state.num_epoch, session.budget = epoch, budget
+    state.num_epoch, state.by_time, session.budget = epoch, budget.fitted, budget
     say(f"--max_minutes {args.max_minutes:g}: a step takes {step:.3f} s, a validation about "
         f"{validation:.0f} s; {epoch - state.epoch} epochs")
 

@@ -33,6 +33,7 @@ class TrainingState:
     best_psnr: float = -math.inf
     seconds: float = 0.0              # of training in this epoch
     share_done: float = 0.0           # of the run
+    by_time: bool = False             # whether that is a share of --max_minutes, not of the steps
     train_frames: int | None = None   # of the data
     average: dict | None = None       # averaged weights by name (EMA)
     pool: object = None               # the RolloutPool; every rank has its own
@@ -174,13 +175,15 @@ def take_settings(model, loaded):
     saved = loaded.get("resume")  # of any type in a third-party checkpoint
     ours = isinstance(saved, dict) and {"state", "ranks", "num_epoch"} <= saved.keys()
     # lr is the schedule's peak if ours, the last epoch's in a third-party checkpoint
-    factor = 1 if ours else learning_rate_factor(args, model.current_epoch, 0)
+    factor = 1 if ours or "lr" in args.given else learning_rate_factor(args, model.current_epoch, 0)
     model.scheduler.base_lrs = [session.lr if args.schedule == "cosine" else args.lr / factor]
     set_learning_rate(model)
     load_optimizer(model, loaded["optimizer"])
     if ours:
         weights = loaded.get("train_state_dict", loaded["state_dict"])
-        session.saved = {**saved, "weights": weights, "optimizer": loaded["optimizer"]}
+        settings = loaded["args"] if isinstance(loaded.get("args"), dict) else {}
+        session.saved = {**saved, "weights": weights, "optimizer": loaded["optimizer"],
+                         "settings": settings}
 
 
 def load_member(kind, args, path):
