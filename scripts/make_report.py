@@ -294,10 +294,12 @@ def add_protocol(b, s):
             "window is the one that its rollout generated last, and the prediction takes its "
             "place.",
         )
+    zero = any_setting([s.best], lambda v: v.get("z") == "zero")
     b.add(
         "p",
-        "Testing. The first frame and all poses are given, nothing else: z comes from the prior "
-        "N(0, I) at every step, every generated frame is clamped to [0, 1] and becomes the "
+        "Testing. The first frame and all poses are given, nothing else: z "
+        + ("is 0" if zero else "comes from the prior N(0, I)")
+        + " at every step, every generated frame is clamped to [0, 1] and becomes the "
         "previous frame of the next step, and BatchNorm uses its running statistics. The PSNR of a "
         "frame is -10 log10 of its mean squared error; the score of a rollout is the mean over "
         "its frames.",
@@ -619,8 +621,8 @@ def read_before(path):
         ) from None
 
 
-def main():
-    args = build_parser().parse_args()
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     who, name = identity(args)
     sections = load_sections(args)
     out = make_folder(args.out, "-o")

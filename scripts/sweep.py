@@ -249,7 +249,8 @@ class Record:
             ),
         }
         self.content = {**wanted, "done": []}
-        if self.path.is_file():
+        trained = any(out.glob("*/history.csv")) or any(out.glob("*/last.ckpt"))
+        if trained and self.path.is_file():
             try:
                 before = json.loads(self.path.read_text(encoding="utf-8"))
                 self.content = {key: before[key] for key in (*wanted, "done")}
@@ -262,7 +263,7 @@ class Record:
                 if self.content[key] != value:
                     raise UserError(
                         f"OUT {out}: holds a sweep with {key} {self.content[key]}, not {value}; "
-                        f"expected the same, or another OUT, or {self.path.name} there removed"
+                        f"expected the same, or another OUT"
                     )
         self.save()
 
@@ -304,12 +305,12 @@ def last_epoch(folder):
         return None
 
 
-def tell_epoch(name, row, num_epoch):
-    """Print a row of a run's history."""
+def tell_epoch(name, row, of_total):
+    """Print a row of a run's history. of_total: " of N" epochs, "" where time sets N."""
     short = lambda key: f"{float(row[key]):.4g}" if row.get(key) else "-"
     psnr = f"{min(100, float(row.get('val_psnr_mean') or 'nan')):.2f} dB"
     say(
-        f"{name}: epoch {int(row['epoch']) + 1} of {num_epoch}, loss {short('train_loss')}, "
+        f"{name}: epoch {int(row['epoch']) + 1}{of_total}, loss {short('train_loss')}, "
         f"validation PSNR {psnr.replace('nan dB', '-')}"
     )
 
@@ -377,8 +378,9 @@ def stopped_on_error(running):
         raise
 
 
-def train_all(runs, out, jobs, num_epoch, record, stop):
+def train_all(runs, out, args, record, stop, jobs):
     """Train what is not done, `jobs` at a time; return {name: exit status} of failed runs."""
+    of_total = "" if args.max_minutes else f" of {args.num_epoch}"
     waiting = [name for name in runs if not record.done(name)]
     for name in runs:
         if name not in waiting:
@@ -390,9 +392,11 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
                 name = waiting.pop(0)
                 row = last_epoch(out / name)
                 seen[name] = row and row.get("epoch")
+                resumed = row is not None or (out / name / "last.ckpt").exists()
+                again = f" for another {args.max_minutes:g} minutes" if args.max_minutes else ""
                 running[name] = start(name, runs[name], out, jobs)
                 say(
-                    f"{name}: {'started' if row is None else 'resumed'}, its output goes to "
+                    f"{name}: {'resumed' + again if resumed else 'started'}, its output goes to "
                     f"{out / name / 'train.log'}"
                 )
             if len(stop.signals) > asked:
@@ -408,7 +412,7 @@ def train_all(runs, out, jobs, num_epoch, record, stop):
                 row = last_epoch(out / name)
                 if row and row.get("epoch") != seen[name]:
                     seen[name] = row.get("epoch")
-                    tell_epoch(name, row, num_epoch)
+                    tell_epoch(name, row, of_total)
                 if status is None:
                     continue
                 del running[name]
@@ -462,7 +466,7 @@ def sweep(kind, args, flags, out):
             *common,
         ]
     stop = Stop()
-    failed = train_all(runs, out, args.jobs, args.num_epoch, record, stop)
+    failed = train_all(runs, out, args, record, stop, args.jobs)
     if stop.signals:
         say("stopped; the same command resumes it")
         return {}, 128 + stop.signals[0]

@@ -100,7 +100,7 @@ def main():
         with locked(out, "OUT", "sweep"):
             record, stop = Record(out, "seeds", data, flags), Stop()
             for runs, jobs in ((train, args.jobs), (test, 1)):
-                failed = train_all(runs, out, jobs, args.num_epoch, record, stop)
+                failed = train_all(runs, out, args, record, stop, jobs)
                 if stop.signals:
                     say("stopped; the same command resumes")
                     return 128 + stop.signals[0]

@@ -327,7 +327,8 @@ def test_an_error_of_the_sweep_leaves_no_run_behind(project):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_sweep_saves_its_runs_and_resumes_them(project, number, status):
-    process = sweep(project, "kl", "data", "out", "--num_epoch", 3, wait=False, PACE="0.7")
+    words = "kl", "data", "out", "--num_epoch", 3, "--max_minutes", 5
+    process = sweep(project, *words, wait=False, PACE="0.7")
     until(lambda: (project / "out" / "Cyclical" / "history.csv").exists())
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
@@ -335,7 +336,10 @@ def test_a_stopped_sweep_saves_its_runs_and_resumes_them(project, number, status
     assert "Traceback" not in err + out
     assert (project / "out" / "Cyclical" / "train.log").read_text().rstrip().endswith("saved")
     assert not (project / "out" / "report.html").exists()
-    assert sweep(project, "kl", "data", "out", "--num_epoch", 3).returncode == 0
+    again = sweep(project, *words)
+    assert again.returncode == 0
+    assert "Cyclical: resumed for another 5 minutes" in again.stdout  # unlike the others
+    assert "None: epoch 3, loss" in again.stdout  # of how many is not known
     lines = starts(project)
     assert [line[0] for line in lines] == ["Cyclical", "Cyclical", "Monotonic", "None"]
     assert int(lines[1][2]) > 0, "the first run began again"
@@ -385,6 +389,9 @@ def test_other_flags_need_another_folder(project):
         and "--num_epoch 2" in other.stderr
     )
     assert sweep(project, "tfr", "data", "out", "--num_epoch", 3).returncode == 2
+    for name in ("Cyclical", "Monotonic", "None"):  # as after a mistyped command that trained none
+        shutil.rmtree(project / "out" / name)
+    assert sweep(project, "tfr", "data", "out", "--num_epoch", 3).returncode == 0
 
 
 def test_without_PYTHON_scripts_take_the_virtual_environment(project):
