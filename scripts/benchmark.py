@@ -368,13 +368,15 @@ class Bench:
     def measure_peaks(self):
         """Measure the matmul peak of each precision that a row needs, in GFLOP/s."""
         device = self.args.device
+        large = (4096, 8192) if device.startswith("cuda") else ()
+        sizes = (512,) if self.args.quick else (512, 1024, 2048, *large)
         with plain_cuda():
-            peaks = {"fp32": matmul_peak(torch.float32, device)}
+            peaks = {"fp32": matmul_peak(torch.float32, device, sizes)}
         if self.precision != "fp32":
             kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-            peaks[self.precision] = matmul_peak(kind, device)
+            peaks[self.precision] = matmul_peak(kind, device, sizes)
         if device.startswith("cuda"):  # PyTorch's default for convolutions, and so the template's
-            peaks["tf32"] = matmul_peak(torch.float32, device)
+            peaks["tf32"] = matmul_peak(torch.float32, device, sizes)
         return peaks
 
     def memory(self):
@@ -498,10 +500,10 @@ def same_noise(predictor, noise):
     predictor.reparameterize = reparameterize
 
 
-def matmul_peak(dtype, device):
+def matmul_peak(dtype, device, sizes):
     """Return the highest rate of a matrix product here, in GFLOP/s, of several sizes and runs."""
     best = 0.0
-    for size in (512, 1024, 2048) + ((4096, 8192) if device.startswith("cuda") else ()):
+    for size in sizes:
         a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
         for _ in range(8):
             wait(device)

@@ -26,7 +26,7 @@ from utils.cli import Parser, UserError, run
 from utils.hardware import pick_device
 
 TRAINED = "train", "train_graphs", "train_compiled"  # steps of gpu_check.sh that train
-STEPS = 5  # profiled; as many before them warm up
+STEPS = 5  # profiled, as many before them warm up; on a CPU one is enough
 
 
 # ---------------------------------------------------------------- the profile
@@ -63,15 +63,15 @@ def kernels_of(events, device):
 
 
 def profile_step(step, device, trace):
-    """Profile STEPS steps: kernels a step, the time they take, and the gaps between them."""
-    for _ in range(STEPS):
+    """Profile a few steps: kernels a step, the time they take, and the gaps between them."""
+    kinds, steps = [ProfilerActivity.CPU], 1
+    if device.startswith("cuda"):
+        kinds, steps = [*kinds, ProfilerActivity.CUDA], STEPS
+    for _ in range(steps):
         step()
     benchmark.wait(device)
-    kinds = [ProfilerActivity.CPU]
-    if device.startswith("cuda"):
-        kinds.append(ProfilerActivity.CUDA)
     with profile(activities=kinds) as profiler:
-        for _ in range(STEPS):
+        for _ in range(steps):
             step()
         benchmark.wait(device)
     profiler.export_chrome_trace(str(trace))
@@ -83,10 +83,10 @@ def profile_step(step, device, trace):
     longest = Counter()
     for name, start, end in kernels:
         longest[name] += end - start
-    return {"kernels": len(kernels) / STEPS,
-            "ms": span / STEPS / 1e3, "ms busy": busy / STEPS / 1e3,
+    return {"kernels": len(kernels) / steps,
+            "ms": span / steps / 1e3, "ms busy": busy / steps / 1e3,
             "share of gaps": 1 - busy / span,
-            "longest, ms": {name: us / STEPS / 1e3 for name, us in longest.most_common(12)}}
+            "longest, ms": {name: us / steps / 1e3 for name, us in longest.most_common(12)}}
 
 
 def settings(device):

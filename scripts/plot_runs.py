@@ -767,8 +767,8 @@ def build_parser():
     return parser
 
 
-def main():
-    args = build_parser().parse_args()
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     runs = load_runs(args.runs)
     images, left_out = write_figures(runs, make_folder(args.out, "-o"))
     for line in left_out.values():

@@ -116,7 +116,7 @@ def draw(columns, file):
         figure.savefig(aside, format="png")
 
 
-def main():
+def main(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "run", metavar="RUN", type=Path, help="folder with best.ckpt and psnr_per_frame.csv"
@@ -128,7 +128,7 @@ def main():
     parser.add_argument(
         "--DR", type=path, metavar="DIR", help="data folder, where it is not the checkpoint's"
     )
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     model = load(asked.run, asked.DR)
     args = model.args
     poses, predicted, truth, psnrs = roll_out(model)

@@ -1,8 +1,11 @@
 """What the tests share: tiny data, tiny sizes, and ways to run a command."""
 
+import importlib
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,15 @@ def in_process(main, *args):
     with pytest.raises(SystemExit) as ended:
         cli.run(lambda: main([str(arg) for arg in args]))
     return ended.value.code
+
+
+def run_main(script, *args):
+    """Run scripts/`script` as `run_cli` does, but in this process."""
+    main = importlib.import_module(script.removesuffix(".py")).main
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = in_process(main, *args)
+    return subprocess.CompletedProcess([script, *args], status, out.getvalue(), err.getvalue())
 
 
 def send_at(monkeypatch, method, call, number):

@@ -1,14 +1,11 @@
 """scripts/plot_runs.py through its command line, on small made-up run folders."""
 
 import csv
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import run_cli, run_main
 from made_up import make_run
 from matplotlib.figure import Figure
 from PIL import Image
@@ -31,17 +28,6 @@ FIGURES = [
 ]
 
 
-def command(script, *words, cwd=None, **env):
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / script, *map(str, words)],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        timeout=300,
-        env={**os.environ, **env},
-    )
-
-
 def refused(result, *words):
     """Exit status 2, one line on stderr that holds all `words`, no traceback."""
     assert result.returncode == 2, result.stderr
@@ -54,7 +40,7 @@ def test_three_runs_give_every_figure(tmp_path):
         make_run(tmp_path / kind, kind, epochs=12, frames=80)
         for kind in ("Cyclical", "Monotonic", "None")
     ]
-    result = command("plot_runs.py", *runs, "-o", tmp_path / "out")
+    result = run_cli("scripts/plot_runs.py", *runs, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr.lower()
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
@@ -69,7 +55,7 @@ def test_three_runs_give_every_figure(tmp_path):
 def test_summary_repeats_the_numbers_of_the_run(tmp_path):
     run = make_run(tmp_path / "a", epochs=3, frames=4)
     (run / "psnr_per_frame.csv").write_text("frame,psnr\n1,30\n2,20\n3,25\n4,21\n")
-    assert command("plot_runs.py", run, "-o", tmp_path / "out").returncode == 0
+    assert run_main("plot_runs.py", run, "-o", tmp_path / "out").returncode == 0
     (row,) = csv.DictReader((tmp_path / "out" / "psnr_summary.csv").open())
     best = max(
         csv.DictReader((run / "history.csv").open()), key=lambda r: float(r["val_psnr_mean"])
@@ -97,7 +83,7 @@ def test_the_best_epoch_is_the_one_whose_files_are_there(tmp_path):
     for row, mean in zip(rows, ("25", "23", "24")):
         row[header.index("val_psnr_mean")] = mean
     (run / "history.csv").write_text("\n".join(map(",".join, [header, *rows])) + "\n")
-    assert command("plot_runs.py", run, "-o", tmp_path / "out").returncode == 0
+    assert run_main("plot_runs.py", run, "-o", tmp_path / "out").returncode == 0
     (row,) = csv.DictReader((tmp_path / "out" / "psnr_summary.csv").open())
     assert row["best_epoch"] == "2"
 
@@ -108,14 +94,14 @@ def test_few_epochs_and_many_runs(tmp_path, count, epochs):
         make_run(tmp_path / f"{'_$x_' if i == 0 else 'run'}{i}", "None", epochs=epochs, frames=3)
         for i in range(count)
     ]
-    result = command("plot_runs.py", *runs, "-o", tmp_path / "out")
+    result = run_cli("scripts/plot_runs.py", *runs, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr.lower()
 
 
 def test_a_figure_without_data_is_left_out_and_said(tmp_path):
     run = make_run(tmp_path / "a", epochs=2, psnr=False)
-    result = command("plot_runs.py", run, "-o", tmp_path / "out")
+    result = run_main("plot_runs.py", run, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "psnr_per_frame: left out" in result.stdout
     assert not (tmp_path / "out" / "psnr_per_frame.png").exists()
@@ -189,7 +175,7 @@ def test_losses_of_different_objectives_share_no_axis(tmp_path):
         for recipe, weight in (("pool", 1e-4), ("template", 1))
         for kind in ("Cyclical", "None")
     ]
-    result = command("plot_runs.py", *folders, "-o", tmp_path / "out")
+    result = run_main("plot_runs.py", *folders, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     for name in ("loss_curves", "loss_parts", "teacher_forcing", "teacher_forcing_losses"):
         assert not (tmp_path / "out" / f"{name}.png").exists()
@@ -224,7 +210,7 @@ def test_ratio_forced_share_and_loss_stand_on_one_axis(tmp_path):
 def test_psnr_ends_at_its_floor_of_error(tmp_path):
     run = make_run(tmp_path / "a", epochs=2, frames=3)
     (run / "psnr_per_frame.csv").write_text("frame,psnr\n1,inf\n2,100\n3,100\n")
-    assert command("plot_runs.py", run, "-o", tmp_path / "out").returncode == 0
+    assert run_main("plot_runs.py", run, "-o", tmp_path / "out").returncode == 0
     assert "inf" not in (tmp_path / "out" / "psnr_summary.csv").read_text()
     legend = drawn("psnr_per_frame", run).legends[0].get_texts()[0].get_text()
     assert "mean 100.00 dB" in legend
@@ -260,11 +246,11 @@ def test_a_spike_stays_inside_the_axis(tmp_path):
 def test_user_errors_are_one_line_and_write_nothing(tmp_path):
     good = make_run(tmp_path / "good", epochs=2, frames=3)
     out = tmp_path / "out"
-    refused(command("plot_runs.py", tmp_path / "absent", "-o", out), tmp_path / "absent")
+    refused(run_cli("scripts/plot_runs.py", tmp_path / "absent", "-o", out), tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    refused(command("plot_runs.py", good, tmp_path / "empty", "-o", out), "history.csv")
-    refused(command("plot_runs.py", good, good, "-o", out), "twice")
-    refused(command("plot_runs.py", good, "-o", good / "history.csv"), "-o")
+    refused(run_main("plot_runs.py", good, tmp_path / "empty", "-o", out), "history.csv")
+    refused(run_main("plot_runs.py", good, good, "-o", out), "twice")
+    refused(run_main("plot_runs.py", good, "-o", good / "history.csv"), "-o")
     assert not out.exists()
 
 
@@ -285,7 +271,7 @@ def test_user_errors_are_one_line_and_write_nothing(tmp_path):
 def test_malformed_files(tmp_path, file, text, word):
     run = make_run(tmp_path / "a", epochs=2, frames=3)
     (run / file).write_bytes(text.encode("latin1"))
-    refused(command("plot_runs.py", run, "-o", tmp_path / "out"), run / file, word)
+    refused(run_main("plot_runs.py", run, "-o", tmp_path / "out"), run / file, word)
     assert not (tmp_path / "out").exists()
 
 

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import pytest
 import report_frames
 from PIL import Image
-from conftest import ROOT
+from conftest import ROOT, run_cli, run_main
 from made_up import made_up_frame, make_gif, make_run, to_array
-from test_figures import command, refused
+from test_figures import refused
 
 SECTIONS = [
     "A. Introduction",
@@ -58,7 +58,7 @@ def report(tmp_path_factory):
     for kind in ("Cyclical", "Monotonic", "<None> & co"):
         runs.append(make_run(root / kind, kind, epochs=8, frames=FRAMES, gif=True))
         save_settings(runs[-1], kl_anneal_type=kind, DR="/some/where/dance")
-    result = command("make_report.py", *runs, "-o", root / "out")
+    result = run_cli("scripts/make_report.py", *runs, "-o", root / "out")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return root / "out"
@@ -129,7 +129,7 @@ def test_each_section_has_its_own_runs(tmp_path):
         for name, start in (("decay", 1), ("never", 0))
     ]
     out = tmp_path / "out"
-    result = command(
+    result = run_main(
         "make_report.py",
         "--best",
         kl[0],
@@ -160,7 +160,7 @@ def test_each_section_has_its_own_runs(tmp_path):
 def test_runs_of_unequal_length_are_said_to_be(tmp_path):
     long = make_run(tmp_path / "long", "Cyclical", epochs=8, frames=5)
     short = make_run(tmp_path / "short", "Monotonic", epochs=3, frames=5)
-    result = command("make_report.py", "--kl", long, short, "-o", tmp_path / "out")
+    result = run_main("make_report.py", "--kl", long, short, "-o", tmp_path / "out")
     assert "unequal length" in result.stdout and "long 8, short 3" in result.stdout
 
 
@@ -168,7 +168,7 @@ def test_runs_that_were_the_same_are_said_to_be(tmp_path):
     one, two = (
         make_run(tmp_path / name, "Cyclical", epochs=8, frames=5) for name in ("one", "two")
     )
-    result = command("make_report.py", "--kl", one, two, "-o", tmp_path / "out")
+    result = run_main("make_report.py", "--kl", one, two, "-o", tmp_path / "out")
     assert "one and two had the same beta throughout" in result.stdout
     assert (
         "one and two had the same beta throughout" in (tmp_path / "out" / "report.md").read_text()
@@ -187,7 +187,7 @@ def test_merged_neighbours_of_the_gif_are_counted_again(tmp_path):
 
 def test_what_has_no_data_is_left_out_and_said(tmp_path):
     bare = make_run(tmp_path / "bare", epochs=1, psnr=False)
-    result = command("make_report.py", bare, "-o", tmp_path / "out")
+    result = run_main("make_report.py", bare, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     text, page = (
         (tmp_path / "out" / "report.md").read_text(),
@@ -203,13 +203,13 @@ def test_what_has_no_data_is_left_out_and_said(tmp_path):
 
     other = make_run(tmp_path / "other", epochs=1, frames=40)
     make_gif(other / "val_pred.gif", 20)
-    result = command("make_report.py", other, "-o", tmp_path / "out2")
+    result = run_main("make_report.py", other, "-o", tmp_path / "out2")
     assert result.returncode == 0 and "not of the same rollout" in result.stdout
 
 
 def test_text_of_the_writer_survives_a_second_report(tmp_path):
     run, out = make_run(tmp_path / "a", epochs=1, frames=3), tmp_path / "out"
-    assert command("make_report.py", run, "-o", out).returncode == 0
+    assert run_main("make_report.py", run, "-o", out).returncode == 0
     text = (out / "report.md").read_text()
     marker = text.index("(write here)", text.index("your analysis C.i:")) - 1
     mine = "The loss & its <jump>.\n\n**Two** lines, $a_1 * b_1$ and $c_1 * d$.\n\n"
@@ -220,7 +220,7 @@ def test_text_of_the_writer_survives_a_second_report(tmp_path):
     (out / "report.html").write_text(
         page.replace('<html lang="en">', '<html lang="en" data-edited="1">')
     )
-    result = command("make_report.py", run, "-o", out)
+    result = run_main("make_report.py", run, "-o", out)
     assert result.returncode == 0, result.stderr
     assert mine in (out / "report.md").read_text()
     rendered = (out / "report.html").read_text().split('data-key="C.i"')[1].split("</div>")[0]
@@ -243,10 +243,12 @@ def test_without_the_markdown_library_the_text_stands_as_it_is(tmp_path):
     run, out = make_run(tmp_path / "a", epochs=1, frames=3), tmp_path / "out"
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "markdown_it.py").write_text("raise ImportError")
-    assert command("make_report.py", run, "-o", out).returncode == 0
+    assert run_main("make_report.py", run, "-o", out).returncode == 0
     text = (out / "report.md").read_text()
     (out / "report.md").write_text(text.replace("*(write here)*", "A **bold** <claim>."))
-    result = command("make_report.py", run, "-o", out, PYTHONPATH=str(tmp_path / "none"))
+    result = run_cli(
+        "scripts/make_report.py", run, "-o", out, env={"PYTHONPATH": str(tmp_path / "none")}
+    )
     assert result.returncode == 0 and "pip install markdown-it-py" in result.stdout
     assert (out / "report.html").read_text().count(">A **bold** &lt;claim&gt;.</div>") == 9
 
@@ -254,11 +256,11 @@ def test_without_the_markdown_library_the_text_stands_as_it_is(tmp_path):
 def test_a_report_changed_elsewhere_is_kept_beside_the_new_one(tmp_path):
     run, out = make_run(tmp_path / "a", epochs=1, frames=3), tmp_path / "out"
     for _ in range(2):
-        assert command("make_report.py", run, "-o", out).returncode == 0
+        assert run_main("make_report.py", run, "-o", out).returncode == 0
     assert not list(out.glob("report_edited*"))  # nobody wrote anything
     text = (out / "report.md").read_text().replace("**Your text:**", "**Your text:** it works", 1)
     (out / "report.md").write_text(text)
-    result = command("make_report.py", run, "-o", out)
+    result = run_main("make_report.py", run, "-o", out)
     assert result.returncode == 0 and "report_edited_1.md" in result.stdout
     assert (out / "report_edited_1.md").read_text() == text and "it works" not in (
         out / "report.md"
@@ -267,18 +269,18 @@ def test_a_report_changed_elsewhere_is_kept_beside_the_new_one(tmp_path):
 
 def test_user_errors_are_one_line_and_write_nothing(tmp_path):
     run, out = make_run(tmp_path / "a", epochs=1, frames=3), tmp_path / "out"
-    refused(command("make_report.py", tmp_path / "absent", "-o", out), "absent")
-    refused(command("make_report.py", "-o", out), "RUN")
-    refused(command("make_report.py", "--kl", run, run, "-o", out), "--kl", "twice")
-    refused(command("make_report.py", run, "-o", out, "--name", "a/b"), "--name")
+    refused(run_cli("scripts/make_report.py", tmp_path / "absent", "-o", out), "absent")
+    refused(run_main("make_report.py", "-o", out), "RUN")
+    refused(run_main("make_report.py", "--kl", run, run, "-o", out), "--kl", "twice")
+    refused(run_main("make_report.py", run, "-o", out, "--name", "a/b"), "--name")
     (run / "last.ckpt").write_bytes(b"PK nothing")
-    refused(command("make_report.py", run, "-o", out), "last.ckpt")
+    refused(run_main("make_report.py", run, "-o", out), "last.ckpt")
     (run / "last.ckpt").unlink()
     (run / "val_pred.gif").write_bytes(b"GIF89a")
-    refused(command("make_report.py", run, "-o", out), "val_pred.gif")
+    refused(run_main("make_report.py", run, "-o", out), "val_pred.gif")
     (run / "val_pred.gif").unlink()
     (run / "history.csv").write_text("epoch\n")
-    refused(command("make_report.py", run, "-o", out), "history.csv")
+    refused(run_main("make_report.py", run, "-o", out), "history.csv")
     assert not out.exists()
 
 

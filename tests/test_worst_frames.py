@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_cli
+from conftest import run_cli, run_main
 from PIL import Image
 
 from scripts.worst_frames import nearest
@@ -42,7 +42,7 @@ def test_the_lowest_frames_are_drawn(tiny_data, tiny_run, tmp_path):
     assert exact[7] == (40, pytest.approx(0, abs=1e-5))
     assert "the run recorded" not in done.stdout
 
-    done = run_cli("scripts/worst_frames.py", tiny_run, "-o", tmp_path / "three.png", "--count", 3)
+    done = run_main("worst_frames.py", tiny_run, "-o", tmp_path / "three.png", "--count", 3)
     lowest = sorted(sorted(recorded, key=recorded.get)[:3])
     assert [int(frame) for frame in re.findall(r"frame (\d+):", done.stdout)] == lowest
     with Image.open(tmp_path / "three.png") as image, Image.open(tmp_path / "worst.png") as larger:
@@ -75,7 +75,7 @@ def test_nearest_is_that_of_a_plain_search():
 def test_a_folder_that_is_no_run(missing, tiny_run, tmp_path):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     (folder / missing).unlink()
-    done = run_cli("scripts/worst_frames.py", folder, "-o", tmp_path / "worst.png")
+    done = run_main("worst_frames.py", folder, "-o", tmp_path / "worst.png")
     (line,) = done.stderr.strip().splitlines()
     assert (
         done.returncode == 2
