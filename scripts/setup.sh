@@ -77,7 +77,8 @@ if ! probe "$(own)" 'import pip'; then
   make_venv
 fi
 say "setup: installing into .venv what $wanted asks for"
-"$(own)" -m pip install --disable-pip-version-check -r "$root/$wanted" >&2 ||
+# modules are compiled when they are imported: to compile all takes as long as to install
+"$(own)" -m pip install --no-compile --disable-pip-version-check -r "$root/$wanted" >&2 ||
   die "pip could not install $wanted into $venv (see above)"
 complete "$(own)" || die "$venv does not import $modules: remove .venv and call again"
 trap - EXIT
