@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-from utils.cli import Parser, UserError, number, run  # noqa: E402
+from utils.cli import Parser, UserError, number, png_path, run  # noqa: E402
 from plot_runs import new_figure  # noqa: E402
 from report_frames import read_rollout  # noqa: E402
 from utils.files import atomic  # noqa: E402
@@ -43,7 +43,7 @@ def draw(rollout, frames, scale, path):
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("gif", metavar="GIF", type=Path, help="val_pred.gif of a run")
-    parser.add_argument("-o", required=True, type=Path, metavar="PNG", help="image to write")
+    parser.add_argument("-o", required=True, type=png_path, metavar="PNG", help="image to write")
     parser.add_argument(
         "--frames", type=number(int, 1), nargs="+", default=[1, 100, 300, 629],
         help="frames to draw, from 1"

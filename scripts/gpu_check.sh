@@ -10,6 +10,11 @@
 # status 0 only when all steps pass.
 set -u
 [ $# -ge 1 ] || { echo "usage: bash scripts/gpu_check.sh OUT [STEP...]" >&2; exit 2; }
+steps=" data train train_graphs rollout recorded profile benchmark tests train_compiled"
+steps="$steps benchmark_compiled "
+for name in "${@:2}"; do
+    case $steps in *" $name "*) ;; *) echo "STEP $name: expected one of$steps" >&2; exit 2 ;; esac
+done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/scripts/python.sh"
 mkdir -p "$1" || exit 2

@@ -20,8 +20,10 @@ A browser's "Save as PDF" of report.html is the submission; --student_id and --n
 """
 
 import ast
+import itertools
 import re
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +45,7 @@ from report_tables import (
     read_settings,
     runs_table,
     settings_tables,
+    single_epochs,
     speed_table,
     split_columns,
     warnings,
@@ -59,7 +62,8 @@ TITLE = "Lab 4: Conditional VAE for Video Prediction"
 PAGE_BYTES = 9_500_000
 
 X_AXIS = (
-    "Epoch e of history.csv reaches from e to e + 1 on the x axis; validation comes at its end."
+    "Epoch e of history.csv reaches from e to e + 1 on the x axis, the last one of --max_minutes "
+    "as far as its steps went; validation comes at its end."
 )
 CAPTIONS = {
     "loss_curves": "Training with each KL strategy. Thin: steps.csv; marks: means over the epochs. "
@@ -195,8 +199,13 @@ def draw_figures(sections, out):
         images, lines = plot_runs.write_figures(runs, out, functions)
         figures.update(images)
         left_out.update(lines)
+    taken = set()
     for r in sections.frames:
-        r.file = "frames_" + re.sub(r"[^\w.-]+", "_", r.name)
+        name = "frames_" + re.sub(r"[^\w.-]+", "_", r.name)
+        names = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
+        # macOS and Windows do not tell capitals apart
+        r.file = next(name for name in names if name.casefold() not in taken)
+        taken.add(r.file.casefold())
         if r.frames is not None and r.psnr is not None and np.isfinite(r.psnr["psnr"]).any():
             figures[r.file] = plot_runs.write_figure(frames_figure(r), r.file, out)
     return figures, left_out
@@ -260,7 +269,8 @@ def add_overview(b, s):
         b.add(
             "missing",
             f"Settings of {', '.join(unknown)} are not known (no last.ckpt or best.ckpt that holds "
-            f"them), so the tables of settings leave {'them' if len(unknown) > 1 else 'it'} out.",
+            f"them, or no PyTorch here to read it), so the tables of settings leave "
+            f"{'them' if len(unknown) > 1 else 'it'} out.",
         )
     b.add("h2 same", "A. Introduction (5%)")
     b.analysis("A")
@@ -295,11 +305,12 @@ def add_protocol(b, s):
             "place.",
         )
     zero = any_setting([s.best], lambda v: v.get("z") == "zero")
+    z = "z is 0" if zero else "z comes from the prior N(0, I)"
     b.add(
         "p",
-        "Testing. The first frame and all poses are given, nothing else: z "
-        + ("is 0" if zero else "comes from the prior N(0, I)")
-        + " at every step, every generated frame is clamped to [0, 1] and becomes the "
+        "Testing. The first frame and all poses are given, nothing else: "
+        + (f"{z} at every step, " if s.best.settings else "")
+        + "every generated frame is clamped to [0, 1] and becomes the "
         "previous frame of the next step, and BatchNorm uses its running statistics. The PSNR of a "
         "frame is -10 log10 of its mean squared error; the score of a rollout is the mean over "
         "its frames.",
@@ -324,18 +335,22 @@ def add_tricks(b, s):
     b.analysis("B.ii")
 
     b.add("h3", "B.iii How do you set your teacher forcing strategy (5%)")
-    b.settings([s.best], ["tfr", "tfr_sde", "tfr_d_step", "tfr_min", "tf_coin"])
+    b.settings(
+        [s.best],
+        ["tfr", "tfr_sde", "tfr_d_step", "tfr_min", "tf_coin", "num_epoch", "max_minutes"],
+    )
+    continuous = any_setting([s.best], lambda v: v.get("recipe") == "pool")
+    by_step = (
+        "In the pool recipe e is continuous, the share of the run that is done times "
+        "`--num_epoch`, also where `--max_minutes` ends the run after fewer epochs."
+    )
+    by_epoch = "In the template's recipe e is the whole epoch."
     b.add(
         "p",
         "The ratio is the probability that a step's previous frame is ground truth. With epochs e "
         "from 0: tfr(e) = max(tfr_min, tfr - tfr_d_step * max(0, e - tfr_sde + 1)). "
-        + (
-            "In the pool recipe e is continuous, the share of the run that is done times the "
-            "number of epochs, and a rollout of the pool restarts from ground truth with that "
-            "probability."
-            if pool
-            else "In the template's recipe e is the whole epoch."
-        ),
+        + ((by_step if continuous else by_epoch) if s.best.settings else "")
+        + (" A rollout of the pool restarts from ground truth with that probability." * pool),
     )
     b.add("table", forcing_table([s.best]))
     b.code(
@@ -369,6 +384,7 @@ def add_comparisons(b, s):
         b.settings(runs)
         for line in warnings(runs, "tfr", "teacher forcing ratio"):
             b.add("p", line)
+        b.add("p", single_epochs(runs))
         b.figure("teacher_forcing", suffix=suffix)
         b.figure("teacher_forcing_losses", suffix=suffix)
         b.add("table", forcing_table(runs))
@@ -397,6 +413,7 @@ def add_comparisons(b, s):
         b.settings(runs)
         for line in warnings(runs, "beta", "beta"):
             b.add("p", line)
+        b.add("p", single_epochs(runs))
         late = " " + LATE_MSE if name == "log-MSE" else ""
         b.figure("loss_curves", CAPTIONS["loss_curves"] + late, suffix)
         b.figure("loss_parts", suffix=suffix)
@@ -602,13 +619,15 @@ def build_parser():
 
 def identity(args):
     """Return (line on top of the report or None, name that a browser gives to the PDF)."""
-    parts = [
-        name_part(text, f"--{flag}")
+    given = {
+        flag: text
         for flag, text in (("student_id", args.student_id), ("name", args.name))
         if text is not None
-    ]
+    }
+    parts = [name_part(text, f"--{flag}") for flag, text in given.items()]
     name = f"LAB4_{parts[0]}_{parts[1]}" if len(parts) == 2 else args.title
-    return " ".join(parts) or None, name
+    who = " ".join(unicodedata.normalize("NFC", text).strip() for text in given.values())
+    return who or None, name
 
 
 def read_before(path):

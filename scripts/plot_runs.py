@@ -133,9 +133,9 @@ def style(index, count=0, runs=1):
 
 
 def draw(ax, x, y, **options):
-    """Plot the finite points; return the x of infinite ones (NaN was not measured)."""
+    """Plot the finite points; return which are infinite (NaN was not measured)."""
     ax.plot(x[np.isfinite(y)], y[np.isfinite(y)], **options)
-    return x[np.isinf(y)]
+    return np.isinf(y)
 
 
 def draw_steps(ax, run, quantity, **options):
@@ -151,7 +151,7 @@ def draw_quantity(ax, runs, quantity, name=lambda r: label(r.label)):
         options = style(i, len(y), len(runs))
         if r.steps is not None:
             draw_steps(ax, r, quantity, color=options["color"], linewidth=0.7, alpha=0.5)
-        bad[r.label] = draw(ax, x, y, label=name(r), **options) - 0.5
+        bad[r.label] = r.history["epoch"][draw(ax, x, y, label=name(r), **options)]
     note_not_finite(ax, bad)
 
 
@@ -184,7 +184,7 @@ def epoch_axis(ax, runs):
     """Set whole epochs on the x axis, with some room on both sides."""
     first = min(r.history["epoch"][0] for r in runs)
     # the last epoch of a run fitted to its time is repeated, so its steps may end later
-    last = max(r.history["epoch"][-1] + 1 for r in runs)
+    last = max(r.ends[-1] for r in runs)
     last = max([last, *(r.steps["epoch"][-1] for r in runs if r.steps is not None)])
     room = 0.02 * (last - first)
     ax.set_xlim(first - room, last + room)
@@ -233,7 +233,7 @@ def log_where_it_helps(ax, series):
 def cut_low_outliers(ax, drawn, x_name):
     """Cut the axis, with a note, where a few low values would flatten all others.
 
-    drawn: [(run name, colour, x, y, how much x is above the number that x_name has)].
+    drawn: [(run name, colour, x, y, the numbers of the points, which x_name names)].
     """
     values = np.concatenate([y[np.isfinite(y)] for _, _, _, y, _ in drawn])
     if len(values) < 10:
@@ -244,7 +244,7 @@ def cut_low_outliers(ax, drawn, x_name):
         return
     ax.set_ylim(floor, high + 0.05 * (high - floor))
     count, lowest = 0, (math.inf, "", 0)
-    for name, colour, x, y, offset in drawn:
+    for name, colour, x, y, numbers in drawn:
         out = np.isfinite(y) & (y < floor)
         ax.plot(
             x[out],
@@ -258,7 +258,7 @@ def cut_low_outliers(ax, drawn, x_name):
         )
         count += out.sum()
         if out.any():
-            lowest = min(lowest, (y[out].min(), name, x[out][y[out].argmin()] - offset))
+            lowest = min(lowest, (y[out].min(), name, numbers[out][y[out].argmin()]))
     values_lie = "value lies" if count == 1 else "values lie"
     note(
         ax,
@@ -294,15 +294,15 @@ def draw_validation(ax, runs, column, name=lambda r: label(r.label), ring=True):
     """Draw validation PSNR in dB at the end of each epoch; ring the best epoch."""
     bad, drawn = {}, []
     for i, r in enumerate(runs):
-        x, y = r.history["epoch"] + 1, r.history[column]
+        epochs, x, y = r.history["epoch"], r.ends, r.history[column]
         options = style(i, len(y), len(runs))
-        bad[r.label] = draw(ax, x, y, label=name(r), **options) - 1
-        drawn.append((r.label, options["color"], x, y, 1))
+        bad[r.label] = epochs[draw(ax, x, y, label=name(r), **options)]
+        drawn.append((r.label, options["color"], x, y, epochs))
         best = summarise(r)["best_epoch"]
         if ring and best is not None:
             ax.plot(
-                best + 1,
-                y[x == best + 1][0],
+                x[epochs == best],
+                y[epochs == best],
                 "o",
                 markersize=11,
                 markerfacecolor="none",
@@ -361,7 +361,8 @@ def loss_parts(runs):
     top = 1.15 * np.percentile(totals, 97) if len(totals) else 1
     for ax, r in zip(axes.flat, runs):
         x, part = by_step(r, "reconstruction")
-        term = by_step(r, "weight")[1] * by_step(r, "kl")[1]
+        with np.errstate(invalid="ignore"):  # an epoch whose steps were all skipped
+            term = by_step(r, "weight")[1] * by_step(r, "kl")[1]
         ax.fill_between(x, 0, part, color="#56B4E9", linewidth=0, label=reconstruction_title(runs))
         ax.fill_between(x, part, part + term, color="#E69F00", linewidth=0, label="weight x KL")
         draw_steps(ax, r, "loss", color="black", linewidth=0.8, label="total loss")
@@ -479,7 +480,7 @@ def forcing_panels(top, bottom, r):
             markevery=max(1, len(x) // 12),
         )
         bad = found if bad is None else bad
-    note_not_finite(bottom, {r.label: bad - 0.5})
+    note_not_finite(bottom, {r.label: r.history["epoch"][bad]})
 
 
 def teacher_forcing(runs):
@@ -574,8 +575,8 @@ def psnr_per_frame(runs):
             middle = np.convolve(y, np.ones(window) / window, "valid")
             ax.plot(x[window // 2 : window // 2 + len(middle)], middle, label=name, **options)
         else:
-            bad[r.label] = draw(ax, x, y, label=name, **options)
-        drawn.append((r.label, options["color"], x, y, 0))
+            bad[r.label] = x[draw(ax, x, y, label=name, **options)]
+        drawn.append((r.label, options["color"], x, y, x))
     ax.set_xlabel("Frame")
     ax.set_ylabel("PSNR (dB)")
     lines = f" (thin: each frame; thick: mean over {window} frames)" if smoothed else ""
@@ -770,10 +771,15 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     runs = load_runs(args.runs)
-    images, left_out = write_figures(runs, make_folder(args.out, "-o"))
+    out = make_folder(args.out, "-o")
+    images, left_out = write_figures(runs, out)
     for line in left_out.values():
         print(line)
     print(f"{len(images)} figures in {args.out}: {', '.join(images)}")
+    names = [f.__name__ + suffix for f in FIGURES for suffix in ("", "_mse", "_log_mse")]
+    old = [name for name in names if name not in images and (out / f"{name}.png").exists()]
+    if old:
+        print(f"{args.out} also has figures of an earlier call: {', '.join(old)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from plot_runs import psnr_cells
-from run_folders import HIGHEST_PSNR, by_step, objective, summarise
+from run_folders import HIGHEST_PSNR, by_step, frames_of, objective, summarise
 from utils.cli import UserError
 from utils.options import OF_THE_MACHINE, build_parser
 
@@ -102,11 +102,13 @@ def against_template(runs, flags=None):
     known = with_settings(runs)
     rows, common = [["Flag", "Template", *(r.label for r in known)]], []
     wanted = flags or sorted(
-        {f for r in known for f in r.settings} - OF_THE_MACHINE - {"DR", "seed"}
+        {f for r in known for f in r.settings}
+        - (OF_THE_MACHINE - {"max_minutes"})
+        - {"DR", "seed"}
     )
     for flag in wanted:
         values = [r.settings.get(flag, "not recorded") for r in known]
-        if not known or flag not in TEMPLATE:
+        if flag not in TEMPLATE or not any(flag in r.settings for r in known):
             continue
         if not same_values(values):
             rows.append([f"`--{flag}`", fmt_setting(TEMPLATE[flag]), *map(fmt_setting, values)])
@@ -229,13 +231,15 @@ def loss_table(runs):
             at = np.where(np.isfinite(h["train_mse"]), h["train_mse"], np.inf).argmin()
             low = f"{fmt(h['train_mse'][at])} ({h['epoch'][at]:g})"
         part = fmt(h["train_reconstruction"][-1]) + f" ({objective(r)})"
+        with np.errstate(invalid="ignore"):  # an epoch whose steps were all skipped
+            weighted = h["train_loss"][-1] - h["train_reconstruction"][-1]
         rows.append(
             [
                 r.label,
                 str(len(h["epoch"])),
                 fmt(h["train_loss"][-1]),
                 part,
-                fmt(h["train_loss"][-1] - h["train_reconstruction"][-1], 3),
+                fmt(weighted, 3),
                 fmt(h["train_kl"][-1]),
                 fmt(h["train_mse"][-1]),
                 low,
@@ -356,13 +360,25 @@ def curve(run, quantity, places=400):
     return np.interp(np.linspace(x[0], x[-1], places), x, y)
 
 
+def single_epochs(runs):
+    """Return a sentence on runs of one epoch, whose means are over the whole run; else None."""
+    names = [r.label for r in runs if len(r.history["epoch"]) == 1 and r.steps is not None]
+    if not names:
+        return None
+    return (
+        f"{', '.join(names)}: a single epoch, whose means include its first steps; steps.csv has "
+        f"the losses at its end."
+    )
+
+
 def warnings(runs, quantity, name):
     """Return lines on invalid comparisons: unequal lengths, equal schedules, beta never near 1."""
-    lengths = {r.label: len(r.history["epoch"]) for r in runs}
-    said = []
-    if len(set(lengths.values())) > 1:
-        epochs = ", ".join(f"{name} {count}" for name, count in lengths.items())
-        said.append(f"Runs of unequal length (epochs: {epochs}): their ends do not compare.")
+    said, unit, lengths = [], "frames", [frames_of(r.history) for r in runs]
+    if not np.isfinite(lengths).all():
+        unit, lengths = "epochs", [len(r.history["epoch"]) for r in runs]
+    if max(lengths) > 1.1 * min(lengths):  # runs of --max_minutes are never quite as long
+        counts = ", ".join(f"{r.label} {length:.0f}" for r, length in zip(runs, lengths))
+        said.append(f"Runs of unequal length ({unit}: {counts}): their ends do not compare.")
     for i, a in enumerate(runs):
         for b in runs[i + 1 :]:
             if np.abs(curve(a, quantity) - curve(b, quantity)).mean() < COINCIDE:

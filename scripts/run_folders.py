@@ -1,7 +1,7 @@
 """Read the run folders that Trainer.py wrote, for plot_runs.py and make_report.py.
 
 Not a program. `load_runs` returns one namespace a folder: path, name, label (the name in figures),
-history, steps, psnr.
+history, steps, psnr, ends (of its epochs, on the x axis of figures).
 """
 
 import csv
@@ -118,10 +118,40 @@ def read_run(path, name):
         steps=read_table(path / "steps.csv", STEPS, required=False),
         psnr=read_table(path / "psnr_per_frame.csv", ("frame", "psnr"), required=False),
     )
+    run.ends = epoch_ends(run.history, run.steps)
     own = Path(name).name.lower() in ("none", "without") and without_annealing(run)
     parent = name[: -len(Path(name).name)]
     run.label = (f"{parent[:-1]}: {WITHOUT}" if parent else WITHOUT) if own else name
     return run
+
+
+def frames_of(history):
+    """Return the number of frames that a run trained on, from history.csv's speed and seconds."""
+    return float(np.sum(history["seconds"] * history["frames_per_second"]))
+
+
+def epoch_ends(history, steps):
+    """Return the decimal epochs at which the epochs ended: e + 1, except the last of --max_minutes.
+
+    A run that is fitted to its time ends inside its last epoch, or repeats it until the time is
+    over. Then steps.csv ends with it; a run that was stopped in a further epoch has rows beyond.
+    Which one it is shows in the frames a step, a whole number.
+    """
+    ends = history["epoch"] + 1
+    if steps is None or len(steps["epoch"]) < 2:
+        return ends
+    epoch, step = steps["epoch"], steps["step"]
+    frames = frames_of(history)
+    if not (0 < frames < np.inf and np.isfinite(epoch).all() and epoch[-1] > epoch[-2]):
+        return ends
+    pace = (step[-1] - step[-2]) / (epoch[-1] - epoch[-2])  # steps an epoch
+    after = step[-1] + max(0, ends[-1] - epoch[-1]) * pace
+    whole = round(np.interp(ends[-1], [*epoch, ends[-1]], [*step, after]))
+    uneven = [abs(frames / n - round(frames / n)) * n / frames for n in (step[-1], whole)]
+    # steps.csv may lack the last two-thousandth of a run
+    if uneven[0] < min(0.002, uneven[1] - 1e-9):
+        ends[-1] = epoch[-1]
+    return ends
 
 
 def load_runs(paths):
@@ -131,6 +161,11 @@ def load_runs(paths):
         if not path.is_dir():
             raise UserError(f"{path}: no such run folder")
         if not (path / "history.csv").is_file():
+            if (path / "psnr_per_frame.csv").is_file() and not (path / "last.ckpt").exists():
+                raise UserError(
+                    f"{path}: holds a validation (--test), whose figures are beside it; expected "
+                    f"the folder of a training run"
+                )
             raise UserError(
                 f"{path}: has no history.csv; expected a folder that Trainer.py wrote (its "
                 f"--save_root)"
@@ -172,9 +207,10 @@ def kl_weight(run, epochs):
 def by_epoch(run, quantity):
     """Return (x, y) of a quantity's means over the epochs, each in the middle of its epoch."""
     h = run.history
+    middles = (h["epoch"] + run.ends) / 2
     if quantity == "weight":
-        return h["epoch"] + 0.5, h["beta"] * h["kl_weight"]
-    return h["epoch"] + 0.5, h[BY_EPOCH.get(quantity, quantity)]
+        return middles, h["beta"] * h["kl_weight"]
+    return middles, h[BY_EPOCH.get(quantity, quantity)]
 
 
 def by_step(run, quantity):

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from Trainer import VAE_Model, build_parser  # noqa: E402
 from utils.checkpoint import adopt_settings  # noqa: E402
 from dataloader import Frames, image_number, list_pairs  # noqa: E402
-from utils.cli import Parser, UserError, number, path, run, say  # noqa: E402
+from utils.cli import Parser, UserError, number, path, png_path, run, say  # noqa: E402
 from utils.files import atomic  # noqa: E402
 
 ROWS = "pose", "prediction", "truth", "nearest\ntraining pose"
@@ -121,7 +121,7 @@ def main(argv=None):
     parser.add_argument(
         "run", metavar="RUN", type=Path, help="folder with best.ckpt and psnr_per_frame.csv"
     )
-    parser.add_argument("-o", required=True, type=Path, metavar="PNG", help="figure to write")
+    parser.add_argument("-o", required=True, type=png_path, metavar="PNG", help="figure to write")
     parser.add_argument(
         "--count", type=number(int, 1, 100), default=10, metavar="N", help="how many frames"
     )

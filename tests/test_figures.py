@@ -101,9 +101,12 @@ def test_few_epochs_and_many_runs(tmp_path, count, epochs):
 
 def test_a_figure_without_data_is_left_out_and_said(tmp_path):
     run = make_run(tmp_path / "a", epochs=2, psnr=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "loss_curves_mse.png").write_text("of an earlier call")
     result = run_main("plot_runs.py", run, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "psnr_per_frame: left out" in result.stdout
+    assert result.stdout.endswith("of an earlier call: loss_curves_mse\n")
     assert not (tmp_path / "out" / "psnr_per_frame.png").exists()
     assert (tmp_path / "out" / "loss_curves.png").exists()
 
@@ -150,6 +153,25 @@ def test_curves_are_those_of_steps_csv(tmp_path):
     assert np.allclose(
         loss[1].get_xdata(), [0.5, 1.5, 2.5, 3.5]
     )  # means in the middle of their epochs
+
+
+@pytest.mark.parametrize("steps, frames, end", [
+    (480, 960 + 1e-12, 1),   # a stop in a further epoch's validation
+    (440, 1760, 440 / 240),  # an epoch of 240 steps of four frames, repeated until time was over
+    (124, 496, 124 / 240),   # or ended by it
+    (300, 960, 1),           # a whole epoch, and a stop in the next
+    (239, 960, 1),           # a last step that is not in the table
+])
+def test_a_fitted_runs_validation_stands_where_it_was(tmp_path, steps, frames, end):
+    run = make_run(tmp_path / "a", epochs=1, frames=3)
+    header, row = ((run / "history.csv").read_text().splitlines())
+    cells = dict(zip(header.split(","), row.split(",")))
+    cells.update(seconds="2", frames_per_second=str(frames / 2))
+    (run / "history.csv").write_text(f"{header}\n{','.join(cells.values())}\n")
+    lines = [f"{n},{n / 240},0.001,1,1,0,0.1,0.1,0.1,1" for n in range(1, steps + 1)]
+    (run / "steps.csv").write_text("\n".join([",".join(logger.STEPS), *lines]) + "\n")
+    assert drawn("val_psnr", run).axes[0].lines[0].get_xdata() == pytest.approx([end])
+    assert drawn("loss_curves", run).axes[0].lines[1].get_xdata() == pytest.approx([end / 2])
 
 
 @pytest.mark.parametrize(
@@ -249,6 +271,8 @@ def test_user_errors_are_one_line_and_write_nothing(tmp_path):
     refused(run_cli("scripts/plot_runs.py", tmp_path / "absent", "-o", out), tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     refused(run_main("plot_runs.py", good, tmp_path / "empty", "-o", out), "history.csv")
+    (tmp_path / "empty" / "psnr_per_frame.csv").write_text("frame,psnr\n1,30\n")
+    refused(run_main("plot_runs.py", tmp_path / "empty", "-o", out), "validation (--test)")
     refused(run_main("plot_runs.py", good, good, "-o", out), "twice")
     refused(run_main("plot_runs.py", good, "-o", good / "history.csv"), "-o")
     assert not out.exists()
@@ -278,7 +302,7 @@ def test_malformed_files(tmp_path, file, text, word):
 def test_steps_after_the_last_whole_epoch_are_inside_the_axis():
     """As a run fitted to its minutes has them, whose last epoch is repeated."""
     steps = {"epoch": np.array([0.5, 1.0, 1.1875])}
-    run = SimpleNamespace(history={"epoch": np.array([0])}, steps=steps)
+    run = SimpleNamespace(history={"epoch": np.array([0])}, ends=np.array([1]), steps=steps)
     axes = Figure().subplots()
     plot_runs.epoch_axis(axes, [run])
     assert axes.get_xlim()[1] > 1.1875

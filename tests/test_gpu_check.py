@@ -61,5 +61,8 @@ def test_a_step_that_fails_does_not_stop_the_next(tmp_path):
 
 def test_wrong_words_are_one_line(tmp_path):
     assert gpu_check().returncode == 2
+    done = gpu_check(tmp_path / "out", "test")
+    assert done.returncode == 2 and "STEP test: expected one of" in done.stderr
+    assert not (tmp_path / "out").exists()
     done = run_cli("scripts/gpu_report.py", "summary", tmp_path / "nothing")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nothing" in done.stderr

@@ -93,6 +93,15 @@ def test_skipped_steps_are_counted_in_the_history(tiny_data, tmp_path, monkeypat
     assert all(math.isfinite(float(value)) for row in history for value in row.values())
 
 
+def test_an_epoch_of_skipped_steps_has_no_loss(tiny_data, tmp_path, monkeypatch):
+    plant(monkeypatch, range(16))
+    assert train(tiny_data, tmp_path / "run") == 0
+    first, second = rows(tmp_path / "run" / "history.csv")
+    assert first["skipped_steps"] == "16" and second["skipped_steps"] == "0"
+    for name in ("train_loss", "train_reconstruction", "train_mse", "train_kl"):
+        assert math.isnan(float(first[name])) and math.isfinite(float(second[name]))
+
+
 def test_a_run_of_skipped_steps_ends_training(tiny_data, tiny_run, tmp_path, monkeypatch, capsys):
     """Also where an epoch is shorter than that run; what was saved stays as it was."""
     folder = shutil.copytree(tiny_run, tmp_path / "run")

@@ -161,7 +161,7 @@ def test_runs_of_unequal_length_are_said_to_be(tmp_path):
     long = make_run(tmp_path / "long", "Cyclical", epochs=8, frames=5)
     short = make_run(tmp_path / "short", "Monotonic", epochs=3, frames=5)
     result = run_main("make_report.py", "--kl", long, short, "-o", tmp_path / "out")
-    assert "unequal length" in result.stdout and "long 8, short 3" in result.stdout
+    assert "unequal length (frames: long 144000, short 54000)" in result.stdout
 
 
 def test_runs_that_were_the_same_are_said_to_be(tmp_path):
@@ -187,12 +187,16 @@ def test_merged_neighbours_of_the_gif_are_counted_again(tmp_path):
 
 def test_what_has_no_data_is_left_out_and_said(tmp_path):
     bare = make_run(tmp_path / "bare", epochs=1, psnr=False)
-    result = run_main("make_report.py", bare, "-o", tmp_path / "out")
+    name = "--student_id", 313553009, "--name", "Yu Hsiang Lin"
+    result = run_main("make_report.py", bare, "-o", tmp_path / "out", *name)
     assert result.returncode == 0, result.stderr
     text, page = (
         (tmp_path / "out" / "report.md").read_text(),
         (tmp_path / "out" / "report.html").read_text(),
     )
+    assert "313553009 Yu Hsiang Lin" in text and "LAB4_313553009_Yu_Hsiang_Lin" in page
+    for unknown in ("In the template's recipe e is", "z comes from the prior"):
+        assert unknown not in text
     for said in (
         "Settings of bare are not known",
         "psnr_per_frame: left out",

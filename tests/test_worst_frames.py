@@ -60,6 +60,11 @@ def test_the_lowest_frames_are_drawn(tiny_data, tiny_run, tmp_path):
     assert np.abs(windows - wanted[3:61, 3:125]).max((2, 3, 4)).min() <= 2
 
 
+def test_a_figure_of_another_kind_is_refused(tiny_run, tmp_path):
+    done = run_main("worst_frames.py", tiny_run, "-o", tmp_path / "worst.pdf")
+    assert done.returncode == 2 and ".png" in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_nearest_is_that_of_a_plain_search():
     generator = torch.Generator().manual_seed(0)
     train = torch.randint(256, (2500, 3, 4, 6), generator=generator).to(torch.uint8)

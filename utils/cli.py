@@ -198,6 +198,13 @@ def path(text):
     return text
 
 
+def png_path(text):
+    """Return the Path of an image to write, an argparse type: its name ends in .png."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name that ends in .png")
+    return Path(text)
+
+
 class Parser(argparse.ArgumentParser):
     """Parse arguments with one-line errors and without abbreviations of flags."""
 

@@ -1,5 +1,6 @@
 """Log a run: progress bars, printed lines, history.csv and steps.csv, means over steps."""
 
+import math
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,7 +233,8 @@ class RunningMeans:
         settings = dict(self.settings)
         steps, forced, drawn = (settings.pop(name, 0) for name in ("steps", "forced", "drawn"))
         return {
-            **{name: total / max(1, taken) for name, total in zip(self.terms, sums)},
+            **{name: total / taken if taken else math.nan
+               for name, total in zip(self.terms, sums)},
             **{name: total / max(1, steps) for name, total in settings.items()},
             "tf_share": forced / drawn if drawn else 1.0,
             "taken": int(taken), "skipped_steps": int(skipped),
