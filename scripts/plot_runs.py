@@ -183,7 +183,7 @@ def note_not_finite(ax, bad, unit="epoch"):
 def epoch_axis(ax, runs):
     """Set whole epochs on the x axis, with some room on both sides."""
     first = min(r.history["epoch"][0] for r in runs)
-    # the last epoch of a run fitted to its time is repeated, so its steps may end later
+    # a run that was stopped has steps after its last whole epoch
     last = max(r.ends[-1] for r in runs)
     last = max([last, *(r.steps["epoch"][-1] for r in runs if r.steps is not None)])
     room = 0.02 * (last - first)

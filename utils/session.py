@@ -243,7 +243,7 @@ def resume(model):
         say(f"--DR {args.DR}: {train_frames} training frames, "
             f"the checkpoint's run had {state.train_frames}")
     state.num_epoch, state.train_frames, session.saved = num_epoch, train_frames, None
-    model.scheduler.base_lrs, args.lr = [session.lr], session.lr
+    model.scheduler.base_lrs = [session.lr]
     steps, before = model.steps_in(state.epoch), saved.get("epoch_steps")
     if before not in (None, steps):  # the epoch resumes at the same share of its data
         say(f"{steps} steps an epoch, the checkpoint's run had {before}")
