@@ -263,7 +263,7 @@ class VAE_Model(nn.Module):
         self.optim.zero_grad(set_to_none=True)
         statistics = [buffer.clone() for buffer in self.buffers()]  # BatchNorm's
         img, label = (x.to(self.device, non_blocking=True) for x in (img, label))
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision, cache=self.args.train_vi_len > 2):
             # not self(...): a subclass in the template's way overrides forward
             forward = self.session.parallel or partial(VAE_Model.forward, self)
             loss, _, _, self.generated = forward(img, label, adapt_TeacherForcing)

@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from scripts import benchmark
 from utils.cli import Parser, UserError, run
+from utils import graphs
 from utils.hardware import pick_device
 
-TRAINED = "train", "train_graphs", "train_compiled"  # steps of gpu_check.sh that train
+TRAINED = "train", "train_compiled"  # steps of gpu_check.sh that train
 STEPS = 5  # profiled, as many before them warm up; on a CPU one is enough
 
 
@@ -38,6 +39,7 @@ def models(args):
     img, label = torch.rand(2, batch, 2, 3, args.frame_H, args.frame_W, device=args.device)
     teacher_forced = torch.zeros(2, dtype=torch.bool)
     ours.state.average = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    graphs.record_step(ours)
     template = benchmark.template_model(args, ours)
     return {"pool step": lambda: ours.training_one_step(img, label, teacher_forced),
             "template step": lambda: template.training_one_step(img, label, True)}
@@ -65,8 +67,8 @@ def kernels_of(events, device):
 def profile_step(step, device, trace):
     """Profile a few steps: kernels a step, the time they take, and the gaps between them."""
     kinds, steps = [ProfilerActivity.CPU], 1
-    if device.startswith("cuda"):
-        kinds, steps = [*kinds, ProfilerActivity.CUDA], STEPS
+    if device.startswith("cuda"):  # without the CPU's events, which take minutes to write
+        kinds, steps = [ProfilerActivity.CUDA], STEPS
     for _ in range(steps):
         step()
     benchmark.wait(device)

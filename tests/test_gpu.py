@@ -21,7 +21,7 @@ from modules import Gaussian_Predictor
 from scripts.kill_test import compare, differences, rows
 from scripts.reference_loop import reference_rollout, reference_step
 from utils.checkpoint import NETWORKS
-from utils.compiling import mark_for_compiling
+from utils.compiling import compile_networks, is_compiled, mark_for_compiling
 from utils import graphs
 from utils.submission import check_submission
 
@@ -50,6 +50,7 @@ def build(precision, *flags):
     words = [*TINY, "--device", DEVICE, "--precision", "auto", "--recipe", "template",
              "--kl_anneal_type", "None", "--kl_weight", "0.01", *flags]
     model = Trainer.VAE_Model(Trainer.build_parser().parse_args(words))
+    torch.backends.cudnn.benchmark = False  # the search takes longer than the tests
     if precision == "fp32":  # building a model switches TF32 on
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return model
@@ -94,10 +95,19 @@ def finite_step(model, window):
     raise AssertionError("every step was skipped")
 
 
+def prepare_compiling(precision, monkeypatch):
+    """Skip what takes too long."""
+    if precision not in (["bf16"] if ON_CPU else ["fp32", "bf16", "fp16"]):
+        pytest.skip("compiling takes long")
+    torch._dynamo.reset()
+    if ON_CPU:  # kernels take minutes to build there
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_step_is_the_reference_loops(precision, compiled, window, same_noise, monkeypatch):
-    if compiled and ON_CPU and precision != "bf16":
-        pytest.skip("on a CPU one precision is compiled, to try this test")
+    if compiled:
+        prepare_compiling(precision, monkeypatch)
     model = build(precision)
     nn.Module.train(model, False)  # BatchNorm on running statistics, which time steps share
     plain = Networks(model)
@@ -105,9 +115,6 @@ def test_a_step_is_the_reference_loops(precision, compiled, window, same_noise, 
     start = flat(plain.parameters())
     expected = reference_step(plain, optimizer, *window, TEACHER_FORCED, kl_weight=0.01)
     if compiled:
-        torch._dynamo.reset()
-        if ON_CPU:  # kernels take minutes to build there
-            monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
         mark_for_compiling(model)
     assert apart(finite_step(model, window), expected) < TOLERANCE[precision]
     gradient, wanted = (flat(p.grad for p in m.parameters()) for m in (model, plain))
@@ -116,12 +123,17 @@ def test_a_step_is_the_reference_loops(precision, compiled, window, same_noise, 
     assert torch.cosine_similarity(moved, wanted, dim=0) > 0.9
 
 
-def test_graphs_compute_what_single_calls_do(precision, window, same_noise):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_graphs_compute_what_single_calls_do(precision, compiled, window, same_noise, monkeypatch):
     """In the default recipe; a skipped step changes nothing there either."""
+    if compiled:
+        prepare_compiling(precision if precision == "bf16" else None, monkeypatch)
     found = []
     img, label = (x[:, :2].to(DEVICE) for x in window)
     for record in (False, True):
         model = build(precision, "--recipe", "pool", "--batch_size", str(B), "--train_vi_len", "2")
+        if record and compiled:
+            compile_networks(model, rollouts=False)
         if record:
             graphs.record_step(model)
         for epoch in range(3):  # a learning rate of its own for each step
@@ -131,6 +143,7 @@ def test_graphs_compute_what_single_calls_do(precision, window, same_noise):
         if record and not ON_CPU:  # not called as before
             assert all("forward" in getattr(model, name).__dict__ for name in NETWORKS)
             assert precision == "fp16" or model.session.take_step.replayed.graph
+            assert not is_compiled(model)
     (losses, weights), (expected, wanted) = found[1], found[0]
     assert apart(losses, expected) < TOLERANCE[precision]
     assert apart(weights, wanted) < TOLERANCE[precision]

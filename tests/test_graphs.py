@@ -1,11 +1,17 @@
 """CUDA graphs without a GPU: what a recording read is still there when it is replayed."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import TINY, in_process, send_at
 
 import Trainer
+from scripts.kill_test import differences
 from utils import graphs
+from utils.averaging import network_state
+from utils.checkpoint import NETWORKS
+from utils.compiling import compile_networks, is_compiled
 
 
 class Recording:
@@ -63,9 +69,9 @@ def weights(folder):
 
 
 def test_replayed_training_is_the_same(tiny_data, tmp_path, recordings):
-    assert train(tiny_data, tmp_path / "plain") == 0
+    assert train(tiny_data, tmp_path / "plain", "--no-cuda_graphs") == 0
     assert recordings()[0] == [] and all(x.replays == 17 for x in recordings()[1])
-    assert train(tiny_data, tmp_path / "graphs", "--cuda_graphs") == 0
+    assert train(tiny_data, tmp_path / "graphs") == 0
     (step,), _ = recordings()
     assert step.replays > 20 and len(set(step.rates)) == step.replays  # every step's own rate
     assert torch.equal(weights(tmp_path / "graphs"), weights(tmp_path / "plain"))
@@ -73,7 +79,7 @@ def test_replayed_training_is_the_same(tiny_data, tmp_path, recordings):
 
 def test_another_optimizer_state_is_recorded_anew(tiny_data, tmp_path, recordings):
     """--max_minutes tries steps and takes them back, and so does a resume."""
-    flags = "--cuda_graphs", "--max_minutes", "60"
+    flags = "--max_minutes", "60"
     with pytest.MonkeyPatch.context() as patch:
         send_at(patch, "training_one_step", 20, 15)
         assert train(tiny_data, tmp_path, *flags) == 143
@@ -83,9 +89,28 @@ def test_another_optimizer_state_is_recorded_anew(tiny_data, tmp_path, recording
     assert len(recordings()[0]) > 2
 
 
-def test_where_nothing_can_be_recorded_a_run_says_so(tiny_data, tmp_path, capsys):
-    assert train(tiny_data, tmp_path, "--cuda_graphs", "--num_epoch", "1") == 0
-    assert "--cuda_graphs: has no effect here" in capsys.readouterr().out
+def test_compiled_networks_are_recorded_and_rollouts_are_graphs(recordings, monkeypatch):
+    """What a graph was recorded of must not be called again, nor compiled again."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model, seen = Trainer.VAE_Model(Trainer.build_parser().parse_args(TINY)), []
+    compile_networks(model, rollouts=False)
+
+    def record(networks, inputs):
+        seen.append(is_compiled(model))
+        assert len(networks) == len(inputs) == len(NETWORKS)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    before = network_state(model)
+    graphs.record_step(model)  # of a model that no training stage has prepared
+    assert seen == [True] and not is_compiled(model)
+    assert differences(before, network_state(model)) == []
+    model.rollout(torch.rand(1, 3, 16, 32), torch.rand(1, 9, 3, 16, 32))
+    assert [x.replays for x in recordings()[1]] == [6]
+
+
+def test_windows_of_several_sizes_are_not_recorded(tiny_data, tmp_path, recordings):
+    assert train(tiny_data, tmp_path, "--recipe", "template", "--num_epoch", "1") == 0
+    assert recordings()[0] == []
 
 
 def test_a_next_frame_of_another_kind_is_called_every_time(recordings):

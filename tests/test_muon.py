@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scripts.kill_test import differences
+from utils import muon
 from utils.muon import COEFFICIENTS, WEIGHT_DECAY, Muon, is_matrix, orthogonalize
 
 SHAPES = [(16, 8, 3, 3), (16, 8, 3, 3), (8, 32, 1, 1), (24, 24, 1, 1),
@@ -49,6 +50,15 @@ def test_it_is_five_newton_schulz_iterations():
             square = x @ x.mT
             x = a * x + (b * square + c * square @ square) @ x
         assert (result - x).abs().max() < 1e-4
+
+
+def test_matrices_that_are_padded_come_out_the_same(monkeypatch):
+    """As on a GPU, where similar sizes are multiplied together."""
+    plain = orthogonalize(matrices())
+    monkeypatch.setattr(muon, "alike", lambda all: [range(len(all))])
+    for matrix, padded in zip(plain, orthogonalize(matrices())):
+        assert padded.is_contiguous()
+        torch.testing.assert_close(padded, matrix, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,6 +1,6 @@
 """Compile the networks with torch.compile; fall back to eager mode where compiling fails."""
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -36,10 +36,34 @@ def mark_for_compiling(model):
         network._compiled_call_impl = compiled_call(network, dynamic)
 
 
-def compile_networks(model):
+def unmark(model):
+    """Have the networks called as they are."""
+    for name in COMPILED:
+        getattr(model, name)._compiled_call_impl = None
+
+
+def is_compiled(model):
+    """Return whether torch.compile takes a model's networks."""
+    return any(getattr(model, name)._compiled_call_impl for name in COMPILED)
+
+
+@contextmanager
+def uncompiled(model):
+    """Call the networks as they are inside."""
+    calls = {name: getattr(model, name)._compiled_call_impl for name in COMPILED}
+    unmark(model)
+    try:
+        yield
+    finally:
+        for name, call in calls.items():
+            getattr(model, name)._compiled_call_impl = call
+
+
+def compile_networks(model, rollouts=True):
     """Compile the networks of COMPILED by a step and a rollout, and restore the model after them.
 
-    Where compiling fails on any rank, every rank runs without.
+    rollouts: whether they are compiled too. Where compiling fails on any rank, every rank runs
+    without.
     """
     say("compiling the networks (--compile)")
     saved, session, problem = capture(model), model.session, None
@@ -48,15 +72,14 @@ def compile_networks(model):
     parallel, session.parallel = session.parallel, None
     try:
         mark_for_compiling(model)
-        compile_by_use(model)
+        compile_by_use(model, rollouts)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, no triton, an unsupported operator: many kinds
         problem = type(error).__name__
     session.parallel = parallel
     if maximum(int(problem is not None), model.device):
-        for name in COMPILED:
-            getattr(model, name)._compiled_call_impl = None
+        unmark(model)
         say(f"torch.compile does not work here ({problem or 'on another rank'}): "
             f"the run continues without it")
     else:
@@ -64,12 +87,14 @@ def compile_networks(model):
     restore(model, saved)
 
 
-def compile_by_use(model):
-    """Call the networks on random frames as training and rollouts do."""
+def compile_by_use(model, rollouts):
+    """Call the networks on random frames as training does and, if so, rollouts do."""
     args = model.args
     shape = (args.batch_size, args.train_vi_len, 3, args.frame_H, args.frame_W)
     for teacher_forced in (True, False) if args.train_vi_len > 2 else (True,):
         model.training_one_step(torch.rand(shape), torch.rand(shape), teacher_forced)
+    if not rollouts:
+        return
     first, label = torch.rand(shape)[:1, 0], torch.rand(shape)[:1, :1].expand(1, 3, -1, -1, -1)
     # random poses may overflow, but only after compiling
     with validated_weights(model), suppress(UserError):

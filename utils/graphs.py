@@ -14,6 +14,7 @@ import torch
 from utils import distributed
 from utils.checkpoint import NETWORKS
 from utils.cli import say
+from utils.compiling import is_compiled, uncompiled, unmark
 from utils.hardware import autocast, step_if_finite
 from utils.training_state import capture, restore
 
@@ -64,7 +65,7 @@ def replayed_frame(model, kind):
     own = all(getattr(getattr(model, name), "__func__", None) is getattr(kind, name)
               for name in methods)
     hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    return Replayed(model.next_frame, pure=own and not hooks and not model.args.compile)
+    return Replayed(model.next_frame, pure=own and not hooks and not is_compiled(model))
 
 
 def can_record(device):
@@ -103,16 +104,16 @@ def recorded(record):
 
 # ---------------------------------------------------------------- a training step
 
-def record_step(model):
-    """Have a model's training steps replay its networks and its optimizer (--cuda_graphs).
-
-    That takes one GPU, and windows of one shape, in which a step calls every network once.
-    """
+def can_record_step(model):
+    """Return whether a step is a graph: on one GPU, where it calls every network once."""
     args = model.args
-    whole = distributed.world() == 1 and not args.checkpoint_steps and not args.compile
-    if not can_record(model.device) or args.train_vi_len != 2 or not whole:
-        say("--cuda_graphs: has no effect here; expected one GPU, --train_vi_len 2, and neither "
-            "--compile nor --checkpoint_steps")
+    once = args.train_vi_len == 2 and not args.checkpoint_steps
+    return args.cuda_graphs and can_record(model.device) and distributed.world() == 1 and once
+
+
+def record_step(model):
+    """Have a model's training steps replay its networks, compiled or not, and its optimizer."""
+    if not can_record_step(model):
         return
     recorded(lambda: record_networks(model))
     if model.precision != "fp16":  # there Python code decides on the scale of the loss
@@ -123,13 +124,15 @@ def record_networks(model):
     """Replace the forward and backward pass of each network, in training, by graphs."""
     saved = capture(model)
     try:
-        networks, inputs = calls_in_a_step(model)
+        with uncompiled(model):  # a hook would have them compiled again
+            networks, inputs = calls_in_a_step(model)
         if len(networks) > len(set(networks)):  # a subclass with a step of its own
             return
         with autocast(model.device, model.precision, cache=False):
             torch.cuda.make_graphed_callables(networks, inputs)
         for network, given in zip(networks, inputs):
             network.forward = for_shapes(network, given)
+        unmark(model)  # recorded as they were compiled; rollouts are graphs of their own
     except RuntimeError:
         forget(model)
         raise

@@ -15,6 +15,7 @@ MOMENTUM = 0.95
 WEIGHT_DECAY = 0.1  # Liu et al.; AdamW's 0.01 overfits in an hour: docs/EXPERIMENTS.md
 # a x + b x^3 + c x^5 (Jordan et al.): five iterations take singular values >= 0.002 to 0.7..1.2
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), (3, 2)
+PADDED_ROWS = 24, 48, 96, 192  # sizes to which a GPU's matrices are padded
 
 
 def is_matrix(parameter):
@@ -42,30 +43,47 @@ def orthogonalize(matrices):
     """Return float32 matrices (rows, columns) with singular values brought close to 1.
 
     Each of five Newton-Schulz iterations multiplies x by a + b A + c A^2, with the Gram matrix
-    A = x x^T (x^T x where x is tall). So the Gram matrices alone are iterated, those of one size
-    together, and x is multiplied by the product of their polynomials: after three iterations and
-    after all five. With a single product, rounding errors in A would swamp the weak directions of
-    x. In bfloat16 they do: weights of the posterior grow along directions whose gradient is lost,
-    until the KL term explodes.
+    A = x x^T (of x^T where x is tall). So the Gram matrices alone are iterated, and x is multiplied
+    by the product of their polynomials: after three iterations and after all five. With a single
+    product, rounding errors in A would swamp the weak directions of x. In bfloat16 they do: weights
+    of the posterior grow along directions whose gradient is lost, until the KL term explodes.
     """
     norms = torch._foreach_norm(matrices)
     torch._foreach_add_(norms, 1e-7)
-    matrices = list(torch._foreach_div(matrices, norms))
-    same_size = defaultdict(list)
+    tall = [x.shape[0] > x.shape[1] for x in matrices]
+    scaled = torch._foreach_div(matrices, norms)
+    wide = [x.mT if is_tall else x for x, is_tall in zip(scaled, tall)]
+    results = list(wide)
+    for members in alike(wide):
+        x = stacked([wide[i] for i in members])
+        for iterations in ITERATIONS:
+            x = iterate(x @ x.mT, iterations) @ x
+        for i, result in zip(members, x):
+            rows, columns = wide[i].shape
+            results[i] = result[:rows, :columns]
+    return [(x.mT if is_tall else x).contiguous() for x, is_tall in zip(results, tall)]
+
+
+def alike(matrices):
+    """Return lists of the indices of matrices that are multiplied together.
+
+    On a GPU calls take longer than what they compute, so matrices of similar sizes are padded; on a
+    CPU only those of one shape go together.
+    """
+    groups = defaultdict(list)
     for i, x in enumerate(matrices):
-        same_size[min(x.shape)].append(i)
-    for iterations in ITERATIONS:
-        for members in same_size.values():
-            products = iterate(torch.stack([gram(matrices[i]) for i in members]), iterations)
-            for i, product in zip(members, products):
-                tall = matrices[i].shape[0] > matrices[i].shape[1]
-                matrices[i] = matrices[i] @ product if tall else product @ matrices[i]
-    return matrices
+        padded = next((size for size in PADDED_ROWS if len(x) <= size), len(x))
+        groups[padded if x.is_cuda else x.shape].append(i)
+    return groups.values()
 
 
-def gram(x):
-    """Return x x^T or x^T x of x (rows, columns), whichever is smaller."""
-    return x @ x.mT if x.shape[0] <= x.shape[1] else x.mT @ x
+def stacked(matrices):
+    """Return matrices as one tensor (N, rows, columns), with zeros where one is smaller."""
+    rows, columns = (max(x.shape[dim] for x in matrices) for dim in (0, 1))
+    result = matrices[0].new_zeros(len(matrices), rows, columns)
+    for row, x in zip(result, matrices):
+        row[:x.shape[0], :x.shape[1]] = x  # zero rows and columns stay zero
+    return result
 
 
 def iterate(grams, iterations):

@@ -297,8 +297,8 @@ def add_running_flags(group):
         help="compile the networks with torch.compile, which takes minutes first")
     add("--no_compile", dest="compile", action="store_false", default=False,
         help=argparse.SUPPRESS)
-    add("--cuda_graphs", action=SWITCH, default=False,
-        help="on one GPU, launch all kernels of a training step at once (tried in parts only)")
+    add("--cuda_graphs", action=SWITCH, default=True,
+        help="on one GPU and for windows of 2, launch all kernels of a training step at once")
     add("--checkpoint_steps", action=SWITCH, default=False,
         help="recompute activations in the backward pass: long windows in less memory")
     add("--ckpt_path", type=path, nargs="+", action=OneOrMore, metavar="FILE",

@@ -130,9 +130,8 @@ def prepare(model):
     args.lr = model.scheduler.base_lrs[0]  # of a third-party checkpoint it was the last epoch's
     logger.print_start(model)
     if args.compile:
-        compile_networks(model)
-    if args.cuda_graphs:
-        graphs.record_step(model)
+        compile_networks(model, rollouts=not graphs.can_record_step(model))
+    graphs.record_step(model)
     session.steps_before = state.steps_done
     if args.max_minutes and model.current_epoch < state.num_epoch:
         time_budget.fit(model)

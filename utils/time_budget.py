@@ -90,9 +90,10 @@ def fit(model):
         f"{validation:.0f} s; {epoch - state.epoch} epochs")
 
 
-def seconds_a_step(model, count=5):
-    """Return the median duration in seconds of `count` training steps."""
+def seconds_a_step(model):
+    """Return the median duration in seconds of a few training steps."""
     seconds, began = [], time.monotonic()
+    count = 25 if model.device.type == "cuda" else 5  # there the first few are no graphs yet
     for batch, _ in zip(model.batches(), range(count)):
         model.training_one_step(*batch)
         if model.state.pool is not None:

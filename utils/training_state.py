@@ -90,8 +90,10 @@ def capture(model):
         **{name: packed(getattr(state, name)) for name in OF_EACH_RANK},
     }
     return {
-        "weights": network_state(model), "optimizer": copy.deepcopy(model.optim.state_dict()),
-        "scheduler": model.scheduler.state_dict(), "scaler": model.scaler.state_dict(),
+        "weights": network_state(model),
+        # made on first use, and then it adds initial_lr to the optimizer's groups
+        "scheduler": model.scheduler.state_dict(),
+        "optimizer": copy.deepcopy(model.optim.state_dict()), "scaler": model.scaler.state_dict(),
         "precision": model.precision, "device": device.type,
         "epoch_steps": model.steps_in(state.epoch) if state.train_frames else None,
         "state": {f.name: packed(getattr(state, f.name)) for f in fields(state)
