@@ -55,7 +55,7 @@ def test_it_is_five_newton_schulz_iterations():
 def test_matrices_that_are_padded_come_out_the_same(monkeypatch):
     """As on a GPU, where similar sizes are multiplied together."""
     plain = orthogonalize(matrices())
-    monkeypatch.setattr(muon, "alike", lambda all: [range(len(all))])
+    monkeypatch.setattr(muon, "alike", lambda wide: [range(len(wide))])
     for matrix, padded in zip(plain, orthogonalize(matrices())):
         assert padded.is_contiguous()
         torch.testing.assert_close(padded, matrix, rtol=1e-4, atol=1e-5)

@@ -226,7 +226,8 @@ class Float32Conv2d(nn.Conv2d):
 def autocast(device, precision, cache=True):
     """Return the context in which networks run: mixed precision for "bf16" and "fp16".
 
-    cache: whether weights are cast once for all calls inside.
+    cache: whether weights are cast once for all calls inside. A CUDA graph is recorded without it,
+    and what is compiled with it would be compiled again.
     """
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=cache)

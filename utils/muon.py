@@ -53,7 +53,7 @@ def orthogonalize(matrices):
     tall = [x.shape[0] > x.shape[1] for x in matrices]
     scaled = torch._foreach_div(matrices, norms)
     wide = [x.mT if is_tall else x for x, is_tall in zip(scaled, tall)]
-    results = list(wide)
+    results = [None] * len(wide)
     for members in alike(wide):
         x = stacked([wide[i] for i in members])
         for iterations in ITERATIONS:
