@@ -49,7 +49,7 @@ from dataloader import (
     Dataset_Dance, Frames, RolloutPool, WindowLoader, find_clips, frame_transform, list_pairs,
     list_test_sequences)
 from utils.frame_cache import read_image
-from utils.averaging import network_state
+from utils.averaging import begin_average, network_state
 from utils.compiling import is_compiled, mark_for_compiling
 from utils.hardware import enough_memory, pick_device
 from modules import Decoder_Fusion, Gaussian_Predictor, Generator, Label_Encoder, RGB_Encoder
@@ -149,7 +149,7 @@ def compiled(args, **flags):
 def with_pool(model, dataset, clips):
     """Give a model what training in the pool recipe has: 16 rollouts and averaged weights."""
     model.state.pool = RolloutPool(dataset, clips, 16, 0, model.device)
-    model.state.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    begin_average(model)
     return model
 
 

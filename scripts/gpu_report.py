@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from scripts import benchmark
 from utils.cli import Parser, UserError, run
 from utils import graphs
+from utils.averaging import begin_average
 from utils.hardware import pick_device
 
 TRAINED = "train", "train_compiled"  # steps of gpu_check.sh that train
@@ -38,7 +39,7 @@ def models(args):
     batch = ours.args.batch_size
     img, label = torch.rand(2, batch, 2, 3, args.frame_H, args.frame_W, device=args.device)
     teacher_forced = torch.zeros(2, dtype=torch.bool)
-    ours.state.average = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    begin_average(ours)
     graphs.record_step(ours)
     template = benchmark.template_model(args, ours)
     return {"pool step": lambda: ours.training_one_step(img, label, teacher_forced),

@@ -9,6 +9,7 @@ import torch
 import Trainer
 from dataloader import RolloutPool
 from conftest import TINY
+from utils.averaging import begin_average
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,9 +56,8 @@ def on_a_gpu_without_values(model):
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
     for name in ("optim", "scheduler", "scaler"):  # made anew for these weights
         model.__dict__.pop(name, None)
-    model.state.average = {
-        name: weight.detach().clone() for name, weight in model.named_parameters()
-    }
+    model.state.average = None
+    begin_average(model)
 
 
 def give_gradients(model):
