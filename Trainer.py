@@ -478,7 +478,7 @@ class VAE_Model(nn.Module):
         make_folder(self.args.save_root)
         begin_average(self)
         with session.guarded(self):
-            session.prepare(self)
+            session.prepare(self, VAE_Model)
             while self.current_epoch < self.state.num_epoch:
                 self.train_epoch()
                 psnr_mean = session.validate(self)  # eval, on rank 0

@@ -140,7 +140,7 @@ def template_model(args, model):
 
 
 def compiled(args, **flags):
-    """Return our model with its networks compiled, as Trainer.py --compile does it."""
+    """Return our model with its networks compiled, as --compile does it without graphs."""
     model = our_model(args, **flags)
     mark_for_compiling(model)
     return model
@@ -165,7 +165,7 @@ def compiled_pool_step(model):
     """Take a `pool_step` of a model of `compiled`; the first compiles and records it."""
     pool_step(model)
     if is_compiled(model):
-        graphs.record_step(model)
+        graphs.record_step(model, Trainer.VAE_Model)
 
 
 # ---------------------------------------------------------------- timing
@@ -329,7 +329,7 @@ class Bench:
             ways["compiled"] = lambda: compiled_pool_step(fast)
         counted = dict(ways)
         if args.device.startswith("cuda"):
-            graphs.record_step(ours)
+            graphs.record_step(ours, Trainer.VAE_Model)
             plain = with_pool(our_model(args, "pool"), dataset, clips)
             counted["ours"] = ways["single calls"] = lambda: pool_step(plain)
         row = self.alternate(f"training, pool recipe, batch {batch}, window 2", ways, batch,

@@ -40,7 +40,7 @@ def models(args):
     img, label = torch.rand(2, batch, 2, 3, args.frame_H, args.frame_W, device=args.device)
     teacher_forced = torch.zeros(2, dtype=torch.bool)
     begin_average(ours)
-    graphs.record_step(ours)
+    graphs.record_step(ours, type(ours))
     template = benchmark.template_model(args, ours)
     return {"pool step": lambda: ours.training_one_step(img, label, teacher_forced),
             "template step": lambda: template.training_one_step(img, label, True)}

@@ -24,6 +24,7 @@ from utils.checkpoint import NETWORKS
 from utils.compiling import compile_networks, is_compiled, mark_for_compiling
 from utils import graphs
 from utils.submission import check_submission
+from utils.training_state import capture, restore
 
 DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
 ON_CPU = DEVICE == "cpu"
@@ -135,7 +136,7 @@ def test_graphs_compute_what_single_calls_do(precision, compiled, window, same_n
         if record and compiled:
             compile_networks(model, rollouts=False)
         if record:
-            graphs.record_step(model)
+            graphs.record_step(model, Trainer.VAE_Model)
         for epoch in range(3):  # a learning rate of its own for each step
             model.optim.param_groups[0]["lr"] = 0.001 * (epoch + 1)
             losses = [finite_step(model, (img, label)) for _ in range(2)]
@@ -168,6 +169,27 @@ def test_a_graph_that_cannot_be_recorded_costs_nothing(capsys, monkeypatch):
         assert torch.equal(replayed(x), x.abs())
     assert torch.randn(3, device=DEVICE).isfinite().all()
     assert ON_CPU or "no CUDA graph" in capsys.readouterr().out
+
+
+def test_after_a_failed_recording_nothing_is_a_graph(window, monkeypatch):
+    """Graphs made before would draw noise from a random state that no checkpoint holds."""
+    monkeypatch.setattr(graphs, "enabled", True)
+    model = build("fp32", "--recipe", "pool", "--batch_size", str(B), "--train_vi_len", "2")
+    graphs.record_step(model, Trainer.VAE_Model)
+    assert ON_CPU or model in graphs.with_networks
+    batch = *(x[:, :2].to(DEVICE) for x in window), TEACHER_FORCED[:2]
+    model.training_one_step(*batch)
+    fails = graphs.Replayed(lambda x: x * x.sum().item())  # reads a value back
+    for _ in range(3):
+        fails(torch.ones(2, device=DEVICE))
+    assert model not in graphs.with_networks
+    saved = capture(model)
+    noise = []
+    for _ in range(2):
+        model.training_one_step(*batch)
+        noise.append(flat([model.generated]))
+        restore(model, saved)
+    assert torch.equal(*noise)
 
 
 def test_a_graph_takes_new_inputs():

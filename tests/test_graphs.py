@@ -1,5 +1,6 @@
 """CUDA graphs without a GPU: what a recording read is still there when it is replayed."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -52,6 +53,7 @@ def recordings(monkeypatch):
     monkeypatch.setattr(graphs, "can_record", lambda device: True)
     monkeypatch.setattr(graphs, "recorded", lambda record: record())
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda networks, inputs: None)
+    monkeypatch.setattr(graphs, "with_networks", weakref.WeakSet())
 
     def made():
         return ([x for x in Recording.made if x.before],
@@ -70,10 +72,11 @@ def weights(folder):
 
 def test_replayed_training_is_the_same(tiny_data, tmp_path, recordings):
     assert train(tiny_data, tmp_path / "plain", "--no-cuda_graphs") == 0
-    assert recordings()[0] == [] and all(x.replays == 17 for x in recordings()[1])
+    assert recordings() == ([], [])
     assert train(tiny_data, tmp_path / "graphs") == 0
-    (step,), _ = recordings()
+    (step,), rollouts = recordings()
     assert step.replays > 20 and len(set(step.rates)) == step.replays  # every step's own rate
+    assert rollouts and all(x.replays == 17 for x in rollouts)
     assert torch.equal(weights(tmp_path / "graphs"), weights(tmp_path / "plain"))
 
 
@@ -81,10 +84,10 @@ def test_another_optimizer_state_is_recorded_anew(tiny_data, tmp_path, recording
     """--max_minutes tries steps and takes them back, and so does a resume."""
     flags = "--max_minutes", "60"
     with pytest.MonkeyPatch.context() as patch:
-        send_at(patch, "training_one_step", 20, 15)
+        send_at(patch, "training_one_step", 30, 15)
         assert train(tiny_data, tmp_path, *flags) == 143
     tried, trained = recordings()[0]
-    assert tried.replays == 2 and trained.replays > 5
+    assert tried.replays > 5 and trained.replays > 5
     assert train(tiny_data, tmp_path, *flags, "--resume") == 0
     assert len(recordings()[0]) > 2
 
@@ -101,11 +104,59 @@ def test_compiled_networks_are_recorded_and_rollouts_are_graphs(recordings, monk
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     before = network_state(model)
-    graphs.record_step(model)  # of a model that no training stage has prepared
+    graphs.record_step(model, Trainer.VAE_Model)  # of a model that no training stage has prepared
     assert seen == [True] and not is_compiled(model)
     assert differences(before, network_state(model)) == []
     model.rollout(torch.rand(1, 3, 16, 32), torch.rand(1, 9, 3, 16, 32))
     assert [x.replays for x in recordings()[1]] == [6]
+
+
+@pytest.fixture
+def graphed(recordings, monkeypatch):
+    """Return the networks of which graphs were asked so far."""
+    seen = []
+
+    def record(networks, inputs):
+        # a graph that replays another one can't be recorded
+        assert all("forward" not in vars(network) for network in networks)
+        seen.extend(networks)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    return seen
+
+
+class OwnStep(Trainer.VAE_Model):
+    """Stand for a step with code of its own."""
+
+    def training_one_step(self, *batch):
+        return super().training_one_step(*batch)
+
+
+def test_a_step_that_a_user_changed_is_not_recorded(graphed):
+    args = Trainer.build_parser().parse_args(TINY)
+    hooked, inside, behind = (Trainer.VAE_Model(args) for _ in range(3))
+    hooked.Generator.register_forward_hook(lambda *_: None)
+    inside.Generator[0].register_forward_pre_hook(lambda *_: None)
+    behind.Generator.register_full_backward_hook(lambda *_: None)
+    for model in (hooked, inside, behind, OwnStep(args)):
+        graphs.record_step(model, Trainer.VAE_Model)
+        assert graphed == [] and model not in graphs.with_networks
+
+
+def test_a_model_is_recorded_anew(graphed):
+    model = Trainer.VAE_Model(Trainer.build_parser().parse_args(TINY))
+    for times in (1, 2):
+        graphs.record_step(model, Trainer.VAE_Model)
+        assert len(graphed) == times * len(NETWORKS) and model in graphs.with_networks
+
+
+def test_an_edited_step_that_calls_a_network_twice_is_not_recorded(graphed, monkeypatch, capsys):
+    decode = Trainer.VAE_Model.decode
+    monkeypatch.setattr(Trainer.VAE_Model, "decode", lambda model, *given: (
+        decode(model, *given) + decode(model, *given)) / 2)
+    model = Trainer.VAE_Model(Trainer.build_parser().parse_args(TINY))
+    graphs.record_step(model, Trainer.VAE_Model)
+    assert graphed == [] and "calls a network twice" in capsys.readouterr().out
 
 
 def test_windows_of_several_sizes_are_not_recorded(tiny_data, tmp_path, recordings):

@@ -3,10 +3,11 @@
 On a GPU a step of small kernels takes as long as their launches from Python. A graph launches all
 of them by one call (PyTorch's notes on CUDA graphs). Python code runs only while a graph is
 recorded, so graphs hold what the lab fixes, the networks, and the optimizer; the loss is computed
-call by call.
+call by call. Networks with hooks and methods of subclasses are never recorded.
 """
 
 import warnings
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +22,7 @@ from utils.training_state import capture, restore
 # the recorded backward passes keep their own autograd graph alive, on their own stream
 warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 enabled = True  # false after a recording that failed
+with_networks = weakref.WeakSet()  # models whose networks are graphs in training steps
 WARM_UP = 2  # calls before a recording, in which libraries choose kernels and allocate
 
 
@@ -60,12 +62,18 @@ class Replayed:
 
 
 def replayed_frame(model, kind):
-    """Return `next_frame` of a model, replayed unless a subclass of `kind` or a hook adds to it."""
-    methods = "next_frame", "decode"
+    """Return `next_frame` of a model, replayed if it is as the class `kind` has it."""
+    pure = model.args.cuda_graphs and not is_compiled(model)
+    pure = pure and is_unchanged(model, kind, "next_frame", "decode")
+    return Replayed(model.next_frame, pure)
+
+
+def is_unchanged(model, kind, *methods):
+    """Return whether a model has these methods of class `kind`, and its networks no hooks."""
     own = all(getattr(getattr(model, name), "__func__", None) is getattr(kind, name)
               for name in methods)
-    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    return Replayed(model.next_frame, pure=own and not hooks and not is_compiled(model))
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return own and not any(getattr(m, name) for m in model.modules() for name in hooks)
 
 
 def can_record(device):
@@ -85,7 +93,7 @@ def plain_calls():
 
 
 def recorded(record):
-    """Return record(), or None where CUDA can't record it: one line, and no further recordings."""
+    """Return record(), or None where CUDA can't record it: one line, and no graphs from then on."""
     global enabled
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     state = generator.get_state()
@@ -95,6 +103,9 @@ def recorded(record):
             return record()
         except RuntimeError as error:
             enabled = False
+            for model in list(with_networks):  # their noise is the old state's
+                forget(model)
+            torch.cuda.synchronize()  # the other stream may still restore weights
             generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
             generator.set_state(state)
             problem = str(error).splitlines()[0]
@@ -104,19 +115,24 @@ def recorded(record):
 
 # ---------------------------------------------------------------- a training step
 
-def can_record_step(model):
-    """Return whether a step is a graph: on one GPU, where it calls every network once."""
+def can_record_step(model, kind):
+    """Return whether a step is a graph: on one GPU, where it calls every network once.
+
+    kind: the class VAE_Model, whose step it must be.
+    """
     args = model.args
     once = args.train_vi_len == 2 and not args.checkpoint_steps
+    once = once and is_unchanged(model, kind, "training_one_step", "decode", "optimizer_step")
     return args.cuda_graphs and can_record(model.device) and distributed.world() == 1 and once
 
 
-def record_step(model):
+def record_step(model, kind):
     """Have a model's training steps replay its networks, compiled or not, and its optimizer."""
-    if not can_record_step(model):
+    forget(model)
+    if not can_record_step(model, kind):
         return
     recorded(lambda: record_networks(model))
-    if model.precision != "fp16":  # there Python code decides on the scale of the loss
+    if model in with_networks and model.precision != "fp16":  # there Python code scales the loss
         model.session.take_step = OptimizerStep()
 
 
@@ -126,13 +142,15 @@ def record_networks(model):
     try:
         with uncompiled(model):  # a hook would have them compiled again
             networks, inputs = calls_in_a_step(model)
-        if len(networks) > len(set(networks)):  # a subclass with a step of its own
+        if len(networks) > len(set(networks)):  # an edited step
+            say("no CUDA graph (a step calls a network twice): the same results, more slowly")
             return
         with autocast(model.device, model.precision, cache=False):
             torch.cuda.make_graphed_callables(networks, inputs)
         for network, given in zip(networks, inputs):
             network.forward = for_shapes(network, given)
         unmark(model)  # recorded as they were compiled; rollouts are graphs of their own
+        with_networks.add(model)
     except RuntimeError:
         forget(model)
         raise
@@ -176,6 +194,7 @@ def for_shapes(network, recorded_inputs):
 
 def forget(model):
     """Have training steps call everything again."""
+    with_networks.discard(model)
     model.session.take_step = step_if_finite
     for name in NETWORKS:
         getattr(model, name).__dict__.pop("forward", None)

@@ -149,7 +149,7 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
 
-        # columns in the order that channels-last weights have in memory: nothing is copied
+        # columns in the order that channels-last weights have in memory
         with whole_float32(ahead[0].device):
             updates = orthogonalize([x.permute(0, 2, 3, 1).flatten(1) for x in ahead])
         torch._foreach_mul_(updates, [0.2 * max(x.shape) ** 0.5 for x in updates])

@@ -298,7 +298,8 @@ def add_running_flags(group):
     add("--no_compile", dest="compile", action="store_false", default=False,
         help=argparse.SUPPRESS)
     add("--cuda_graphs", action=SWITCH, default=True,
-        help="on one GPU and for windows of 2, launch all kernels of a training step at once")
+        help="on a GPU, replay rollouts and, for windows of 2 on one GPU, the networks and "
+             "optimizer of training steps as CUDA graphs")
     add("--checkpoint_steps", action=SWITCH, default=False,
         help="recompute activations in the backward pass: long windows in less memory")
     add("--ckpt_path", type=path, nargs="+", action=OneOrMore, metavar="FILE",

@@ -93,10 +93,10 @@ def guarded(model):
             session.began = None     # another stage in this process has minutes of its own
 
 
-def prepare(model):
+def prepare(model, kind):
     """Prepare the first step: restore a checkpoint, start ranks, compile, fit --max_minutes.
 
-    UserError where another run has overwritten the checkpoint.
+    kind: the class VAE_Model. UserError where another run has overwritten the checkpoint.
     """
     args, state, session = model.args, model.state, model.session
     # between reading the checkpoint and locking the folder, decoding may have taken minutes
@@ -130,8 +130,8 @@ def prepare(model):
     args.lr = model.scheduler.base_lrs[0]  # of a third-party checkpoint it was the last epoch's
     logger.print_start(model)
     if args.compile:
-        compile_networks(model, rollouts=not graphs.can_record_step(model))
-    graphs.record_step(model)
+        compile_networks(model, rollouts=not graphs.can_record_step(model, kind))
+    graphs.record_step(model, kind)
     session.steps_before = state.steps_done
     if args.max_minutes and model.current_epoch < state.num_epoch:
         time_budget.fit(model)

@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from utils import graphs
 from utils.averaging import validated_weights
 from utils.cli import say
 from utils.distributed import broadcast
@@ -93,7 +94,7 @@ def fit(model):
 def seconds_a_step(model):
     """Return the median duration in seconds of a few training steps."""
     seconds, began = [], time.monotonic()
-    count = 25 if model.device.type == "cuda" else 5  # there the first few are no graphs yet
+    count = 25 if model in graphs.with_networks else 5  # there the first few are no graphs yet
     for batch, _ in zip(model.batches(), range(count)):
         model.training_one_step(*batch)
         if model.state.pool is not None:
