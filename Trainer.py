@@ -484,8 +484,9 @@ class VAE_Model(nn.Module):
                 psnr_mean = session.validate(self)  # eval, on rank 0
                 self.end_epoch(psnr_mean)
             logger.enlarge(self)
-        say(f"done: {self.current_epoch} epochs, best validation PSNR "
-            f"{self.state.best_psnr:.2f} dB, in {self.args.save_root}")
+        epochs = f"{self.current_epoch} epoch" + "s" * (self.current_epoch != 1)
+        say(f"done: {epochs}, best validation PSNR {self.state.best_psnr:.2f} dB, "
+            f"in {self.args.save_root}")
 
     def train_epoch(self):
         """Do the rest of the epoch's training steps; frames generated in one go into the pool."""
@@ -512,8 +513,7 @@ class VAE_Model(nn.Module):
     def end_epoch(self, psnr_mean):
         """Record the epoch that was trained and validated, advance to the next, write the files."""
         args, state, epoch = self.args, self.state, self.current_epoch
-        # a run that is resumed in another folder has its best there too
-        best = psnr_mean > state.best_psnr or not (Path(args.save_root) / "best.ckpt").exists()
+        best = psnr_mean > state.best_psnr
         if best:
             state.best_psnr = psnr_mean
         if distributed.rank() == 0:

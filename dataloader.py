@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 
 from utils import distributed
 from utils.cuts import find_clips
-from utils.data_folder import (  # noqa: F401 (scripts import all four from this module)
-    image_number, list_images, list_pairs, list_test_sequences)
+from utils.data_folder import (  # noqa: F401 (scripts import them from this module)
+    image_number, list_images, list_pairs, list_test_sequences, report_gap)
 from utils.frame_cache import cache_folder, cached, decode, read_image, to_float
 from utils.loader_processes import ImageLoader
 from utils.options import require
@@ -195,12 +195,14 @@ def open_training_data(model):
     args, state, session = model.args, model.state, model.session
     require(args, "DR", "save_root")
     # mistakes in the validation data show before minutes of decoding
-    Dataset_Dance(args.DR, None, "val", args.val_vi_len)
+    validation = Dataset_Dance(args.DR, None, "val", args.val_vi_len)
     # the epochs that see the least data need a batch, too
     share = min(data_share(args, epoch) for epoch in (state.epoch, args.num_epoch - 1))
     share = 1.0 if args.pool else share
-    windows = len(Dataset_Dance(args.DR, None, "train", args.train_vi_len, share))
-    check_batch_size(args, windows, distributed.world())
+    training = Dataset_Dance(args.DR, None, "train", args.train_vi_len, share)
+    check_batch_size(args, len(training), distributed.world())
+    for files in (training, validation):
+        report_gap(files.img_paths)
 
     model.dataset("val", args.val_vi_len)
     dataset = model.dataset("train", args.train_vi_len)

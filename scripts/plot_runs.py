@@ -21,16 +21,18 @@ missing is left out, and a line reports this. A cut axis is noted in the figure.
 
 import csv
 import io
+import itertools
 import math
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import get_font_names
+from matplotlib.font_manager import findfont, get_font, get_font_names
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -84,6 +86,7 @@ SETTINGS = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
 }
+STAND_INS = itertools.count(1)  # numbers of the names that no font can draw
 EPOCHS = "Epochs trained"  # the x axis: epoch e of history.csv reaches from e to e + 1
 
 
@@ -97,8 +100,27 @@ def new_figure(*size, **options):
     return figure
 
 
+@cache
+def drawable(character):
+    """Return whether a font of the figures has a character."""
+    fonts = (get_font(findfont(family)) for family in SETTINGS["font.family"])
+    return any(font.get_char_index(ord(character)) for font in fonts)
+
+
+@cache
+def stand_in(text):
+    """Return what figures show for a text that no font has, a name of its own; print one line."""
+    name = f"run {next(STAND_INS)}"
+    print(f'no font here has "{text}": figures call it "{name}"; Noto Sans CJK would show it')
+    return name
+
+
 def label(name):
     """Shorten a name to 40 characters; escape what matplotlib would read as math or hide."""
+    missing = [i for i, character in enumerate(name) if not drawable(character)]
+    if missing:
+        first, end = missing[0], missing[-1] + 1
+        name = name[:first] + stand_in(name[first:end]) + name[end:]
     name = name if len(name) <= 40 else name[:19] + "\u2026" + name[-20:]
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
@@ -610,7 +632,7 @@ def psnr_summary(runs):
     titles = [
         "Run",
         "Epochs",
-        "Best\nepoch",
+        "Best epoch\n(from 0)",
         "Mean",
         "Median",
         "First\nframe",
@@ -619,7 +641,7 @@ def psnr_summary(runs):
         "Highest (frame)",
     ]
     cells = [[label(row["run"]), str(row["epochs"]), *psnr_cells(row)] for row in rows]
-    widths = [max(10, max(len(c[0]) for c in cells) + 1), 7, 6, 8, 8, 8, 8, 15, 15]
+    widths = [max(10, max(len(c[0]) for c in cells) + 1), 7, 10, 8, 8, 8, 8, 15, 15]
     right = np.cumsum(widths) / sum(widths)
     height = 0.27 * len(rows) + 1.0
     fig = new_figure(0.088 * sum(widths), height)

@@ -50,6 +50,9 @@ def read_settings(path):
                 ):  # a report is handed on: folder names only
                     if values.get(key):
                         values[key] = Path(values[key]).name
+                at = Path(args.get("ckpt_path") or "")
+                if (at.name, at.parent.name) == ("last.ckpt", path.resolve().name):
+                    values["ckpt_path"] = None  # a run that was resumed, no setting
                 return values
     return None
 
@@ -305,7 +308,7 @@ def psnr_table(runs):
     rows = [
         [
             "Run",
-            "Best epoch",
+            "Best epoch (from 0)",
             "Mean (dB)",
             "Median",
             "First frame",

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_cli
+from conftest import TINY, in_process, run_cli
 from PIL import Image, ImageCms
 from torchvision import transforms
 
@@ -769,3 +769,15 @@ def test_more_than_the_memory_holds_in_a_rollout(
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: --rollouts 3, {sequences} sequence(s)")
     assert not list(out.glob("*"))
+
+
+def test_a_gap_in_the_numbers_of_the_images_is_one_line(tiny_data, tmp_path, capsys):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    for number in (7, 40):
+        for kind in ("img", "label"):
+            (data / "train" / f"train_{kind}" / f"{number}.png").unlink()
+    flags = "--DR", data, "--save_root", tmp_path / "run", *TINY, "--num_epoch", 1
+    assert in_process(Trainer.main, *flags) == 0
+    out = capsys.readouterr().out
+    assert out.count("train_img: lacks 2 of the numbers 0 to 63, the first 7") == 1
+    assert out.count("lacks") == 1

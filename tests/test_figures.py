@@ -88,6 +88,16 @@ def test_the_best_epoch_is_the_one_whose_files_are_there(tmp_path):
     assert row["best_epoch"] == "2"
 
 
+def test_names_that_no_font_has_are_told_apart(tmp_path):
+    names = "\U0001fae8 b", "\U0001fae9"
+    runs = [make_run(tmp_path / name, epochs=2, frames=3) for name in names]
+    result = run_cli("scripts/plot_runs.py", *runs, "-o", tmp_path / "out")
+    assert result.returncode == 0 and result.stderr == ""
+    for number, run in enumerate(runs, 1):
+        name = run.name.split()[0]
+        assert f'no font here has "{name}": figures call it "run {number}"' in result.stdout
+
+
 @pytest.mark.parametrize("count, epochs", [(1, 1), (6, 2)])
 def test_few_epochs_and_many_runs(tmp_path, count, epochs):
     runs = [

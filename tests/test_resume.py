@@ -13,6 +13,7 @@ import torch
 import dataloader
 import Trainer
 from conftest import TINY, in_process, send_at
+from utils.files import OF_THE_BEST
 from utils.schedules import learning_rate_factor
 from scripts.kill_test import command, compare, differences, kill_test, rows
 
@@ -79,7 +80,8 @@ def test_a_finished_run_says_so(tiny_data, tiny_run, tmp_path, capsys):
     assert train(tiny_data, folder, "--resume") == 0
     assert "all 2 epochs are done" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    (folder / "val_pred_large.gif").unlink()  # as after a kill before a run's last file
+    (folder / "val_pred_large.gif").unlink()  # as after a kill in a run's last file
+    (folder / ".val_pred_large.gif.123.part.gif").write_bytes(b"half a GIF")
     assert train(tiny_data, folder, "--resume") == 0
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
@@ -234,9 +236,11 @@ def test_another_ratio_holds_from_the_next_epoch_on(tiny_data, tiny_run, tmp_pat
     assert [float(row["tfr"]) for row in rows(folder / "history.csv")] == [1, 1, 0.5]
 
 
-def test_resuming_in_another_folder_keeps_its_best(
-    tiny_data, tiny_run, tmp_path, monkeypatch
+@pytest.mark.parametrize("there", [True, False])
+def test_resuming_in_another_folder_keeps_the_best(
+    tiny_data, tiny_run, tmp_path, monkeypatch, capsys, there
 ):
+    """It is copied from beside the checkpoint; where it is missing, the run says so."""
     def eval(model):
         score(model)
         return scores[model.current_epoch]
@@ -244,11 +248,19 @@ def test_resuming_in_another_folder_keeps_its_best(
     # two epochs before, with above 6 dB
     score, scores = Trainer.VAE_Model.eval, {2: 2.0, 3: 4.0, 4: 3.0}
     monkeypatch.setattr(Trainer.VAE_Model, "eval", eval)
-    status = train(
-        tiny_data, tmp_path / "new", "--ckpt_path", tiny_run / "last.ckpt", "--num_epoch", 5
-    )
-    assert status == 0
-    assert load(tmp_path / "new" / "best.ckpt")["last_epoch"] == 3
+    names = ["last.ckpt", *OF_THE_BEST] if there else ["last.ckpt"]
+    (tmp_path / "old").mkdir()
+    for name in names:
+        shutil.copy(tiny_run / name, tmp_path / "old")
+    for folder in (tmp_path / "new", tmp_path / "old"):
+        flags = "--ckpt_path", tmp_path / "old" / "last.ckpt", "--num_epoch", 5
+        assert train(tiny_data, folder, *flags) == 0
+        said = "best.ckpt is the best epoch from here on" in capsys.readouterr().out
+        assert said == (not there)
+        if there:
+            assert all((folder / name).read_bytes() == (tiny_run / name).read_bytes()
+                       for name in OF_THE_BEST)
+        assert there or load(folder / "best.ckpt")["last_epoch"] == 3
 
 
 def test_a_model_that_has_trained_takes_a_checkpoints_weights(tiny_data, tiny_run, tmp_path):

@@ -10,10 +10,10 @@ Images are ordered by the one integer in their name.
 import os
 import re
 from contextlib import suppress
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
-from utils.cli import UserError
+from utils.cli import UserError, say
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -80,6 +80,16 @@ def list_pairs(root, mode):
         raise UserError(f"{label_at[number]}: has no frame; "
                         f"expected {frames[0].parent / label_at[number].name}")
     return frames, labels
+
+
+def report_gap(images):
+    """Print one line where numbers between the first and the last of `list_images` are missing."""
+    numbers = [image_number(path) for path in images]
+    missing = numbers[-1] - numbers[0] + 1 - len(numbers)
+    if missing:
+        first = next(before + 1 for before, after in pairwise(numbers) if after > before + 1)
+        say(f"{images[0].parent}: lacks {missing} of the numbers {numbers[0]} to {numbers[-1]}, "
+            f"the first {first}; images on both sides of a gap count as consecutive")
 
 
 def list_test_sequences(root):

@@ -21,6 +21,8 @@ STEPS = "step", "epoch", "lr", "tfr", "tf_share", "beta", "loss", "reconstructio
 # what a run writes into its folder, as patterns
 OF_A_RUN = ("last.ckpt", "best.ckpt", "epoch=*", "history.csv", "steps.csv", "psnr_per_frame.*",
             "val_pred.gif", "val_pred_large.gif", "tensorboard")
+# of them those of the best epoch, its checkpoint last
+OF_THE_BEST = "psnr_per_frame.csv", "psnr_per_frame.png", "val_pred.gif", "best.ckpt"
 # in the metadata of images and GIFs, by which a file of this project is recognized
 MARK = "pose-conditioned VAE"
 # tables have no room for a mark: each is recognized by the file written with it

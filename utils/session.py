@@ -20,7 +20,7 @@ from utils.averaging import begin_average
 from utils.checkpoint import file_version, is_latest_in, is_resumable, read_checkpoint
 from utils.cli import Stopped, UserError, say
 from utils.compiling import compile_networks
-from utils.files import atomic, csv_length, locked, set_aside, sweep_leftovers
+from utils.files import OF_THE_BEST, atomic, csv_length, locked, set_aside, sweep_leftovers
 from utils.hardware import enough_memory, keep_precision, step_if_finite
 from utils.schedules import set_learning_rate, share_done
 from utils.training_state import capture, restore, restore_checkpoint
@@ -123,10 +123,13 @@ def prepare(model, kind):
             say(f"--save_root {args.save_root}: an earlier run's files are moved to {aside}"
                 + (f"; --save_root {aside} --resume resumes their run"
                    if is_resumable(aside / "last.ckpt") else ""))
+        if state.history:
+            bring_best(model, aside)
         if args.tensorboard:
             session.board = figures.open_tensorboard(Path(args.save_root) / "tensorboard")
         if resumes_here and state.step == 0:
             catch_up(model)
+    state.best_psnr = distributed.broadcast(state.best_psnr, model.device)
     args.lr = model.scheduler.base_lrs[0]  # of a third-party checkpoint it was the last epoch's
     logger.print_start(model)
     if args.compile:
@@ -250,6 +253,31 @@ def resume(model):
     count_steps(model)
 
 
+def bring_best(model, aside):
+    """Copy best.ckpt and its figures into save_root where a run is resumed in another folder.
+
+    aside: the folder to which files of save_root were moved, or None. Where the best epoch's
+    checkpoint is in neither folder, best.ckpt is the best epoch from here on: one line.
+    """
+    args, state, root = model.args, model.state, Path(model.args.save_root)
+    if (root / "best.ckpt").exists() or state.best_psnr == -math.inf:
+        return
+    for folder in filter(None, (aside, Path(args.ckpt_path or root).parent)):
+        try:
+            found = read_checkpoint(folder / "best.ckpt")["resume"]["state"]["best_psnr"]
+        except (UserError, KeyError, TypeError):  # missing, damaged or third-party
+            continue
+        if found == state.best_psnr:
+            for name in OF_THE_BEST:
+                if (folder / name).exists():
+                    with atomic(root / name) as copy:
+                        shutil.copyfile(folder / name, copy)
+            return
+    say(f"--save_root {root}: the resumed run's best.ckpt ({state.best_psnr:.2f} dB) is not there; "
+        f"best.ckpt is the best epoch from here on")
+    state.best_psnr = -math.inf
+
+
 def catch_up(model):
     """Write what the newest epoch lacks if a kill or a full disk came after its last.ckpt."""
     args, state, root = model.args, model.state, Path(model.args.save_root)
@@ -279,6 +307,7 @@ def catch_up_alone(model, open_data):
     if not saved or not args.resume or distributed.rank() or not resumes_in_place(args):
         return
     with locked(args.save_root), cli.catching_signals(cli.stop):
+        sweep_leftovers(args.save_root)
         if csv_length(Path(args.save_root) / "history.csv") != len(saved["state"]["history"]):
             open_data(model)
             begin_average(model)
