@@ -159,3 +159,11 @@ def test_a_signal_to_the_whole_group(tiny_data, tmp_path):
     for log in (term_log, interrupt_log):
         assert "saved; resume with: python " in log.read_text()
         assert "Traceback" not in log.read_text()
+
+
+def test_ctrl_c_during_imports_is_one_line(tmp_path):
+    """A first Ctrl-C often comes then: importing PyTorch takes seconds."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    ended = subprocess.run([sys.executable, ROOT / "Trainer.py"], capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "stopped by Ctrl-C\n")

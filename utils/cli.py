@@ -42,6 +42,18 @@ class Stopped(BaseException):
         self.signal = number
 
 
+def report_interrupt(kind, error, trace):
+    """Print one line for a Ctrl-C during imports, before `run`; other errors as Python does."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped by Ctrl-C", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if sys.excepthook is sys.__excepthook__:  # else a debugger's
+    sys.excepthook = report_interrupt
+
+
 def run(main, leave=sys.exit):
     """Call main() as a command, and leave(exit status).
 
