@@ -110,8 +110,9 @@ def drawable(character):
 @cache
 def stand_in(text):
     """Return what figures show for a text that no font has, a name of its own; print one line."""
-    name = f"run {next(STAND_INS)}"
-    print(f'no font here has "{text}": figures call it "{name}"; Noto Sans CJK would show it')
+    name = f"unnamed {next(STAND_INS)}"
+    advice = "; Noto Sans CJK has it" if any("\u2e80" <= c <= "\u9fff" for c in text) else ""
+    print(f'no font here has "{text}": figures call it "{name}"{advice}')
     return name
 
 

@@ -50,7 +50,7 @@ def read_settings(path):
                 ):  # a report is handed on: folder names only
                     if values.get(key):
                         values[key] = Path(values[key]).name
-                at = Path(args.get("ckpt_path") or "")
+                at = Path(str(args.get("ckpt_path")))
                 if (at.name, at.parent.name) == ("last.ckpt", path.resolve().name):
                     values["ckpt_path"] = None  # a run that was resumed, no setting
                 return values

@@ -95,7 +95,7 @@ def test_names_that_no_font_has_are_told_apart(tmp_path):
     assert result.returncode == 0 and result.stderr == ""
     for number, run in enumerate(runs, 1):
         name = run.name.split()[0]
-        assert f'no font here has "{name}": figures call it "run {number}"' in result.stdout
+        assert f'no font here has "{name}": figures call it "unnamed {number}"' in result.stdout
 
 
 @pytest.mark.parametrize("count, epochs", [(1, 1), (6, 2)])

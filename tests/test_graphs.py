@@ -134,13 +134,15 @@ class OwnStep(Trainer.VAE_Model):
 
 def test_a_step_that_a_user_changed_is_not_recorded(graphed):
     args = Trainer.build_parser().parse_args(TINY)
-    hooked, inside, behind = (Trainer.VAE_Model(args) for _ in range(3))
+    hooked, inside, behind, patched = (Trainer.VAE_Model(args) for _ in range(4))
+    own = patched.Generator.forward = lambda x: x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     hooked.Generator.register_forward_hook(lambda *_: None)
     inside.Generator[0].register_forward_pre_hook(lambda *_: None)
     behind.Generator.register_full_backward_hook(lambda *_: None)
-    for model in (hooked, inside, behind, OwnStep(args)):
+    for model in (hooked, inside, behind, patched, OwnStep(args)):
         graphs.record_step(model, Trainer.VAE_Model)
         assert graphed == [] and model not in graphs.with_networks
+    assert patched.Generator.forward is own
 
 
 def test_a_model_is_recorded_anew(graphed):

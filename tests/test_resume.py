@@ -248,10 +248,14 @@ def test_resuming_in_another_folder_keeps_the_best(
     # two epochs before, with above 6 dB
     score, scores = Trainer.VAE_Model.eval, {2: 2.0, 3: 4.0, 4: 3.0}
     monkeypatch.setattr(Trainer.VAE_Model, "eval", eval)
-    names = ["last.ckpt", *OF_THE_BEST] if there else ["last.ckpt"]
+    names = ["last.ckpt", "best.ckpt", *OF_THE_BEST] if there else ["last.ckpt"]
     (tmp_path / "old").mkdir()
     for name in names:
         shutil.copy(tiny_run / name, tmp_path / "old")
+    if not there:
+        saved = load(tiny_run / "last.ckpt")
+        saved["resume"]["state"]["best_psnr"] = 40.0  # of an epoch before it
+        torch.save(saved, tmp_path / "old" / "last.ckpt")
     for folder in (tmp_path / "new", tmp_path / "old"):
         flags = "--ckpt_path", tmp_path / "old" / "last.ckpt", "--num_epoch", 5
         assert train(tiny_data, folder, *flags) == 0
@@ -259,8 +263,25 @@ def test_resuming_in_another_folder_keeps_the_best(
         assert said == (not there)
         if there:
             assert all((folder / name).read_bytes() == (tiny_run / name).read_bytes()
-                       for name in OF_THE_BEST)
+                       for name in ("best.ckpt", *OF_THE_BEST))
         assert there or load(folder / "best.ckpt")["last_epoch"] == 3
+
+
+def test_a_best_checkpoint_by_another_name_is_taken_along(tiny_data, tiny_run, tmp_path, capsys):
+    """Also where a kill came before the folder's first last.ckpt: it is no earlier run."""
+    best = load(tiny_run / "best.ckpt")["last_epoch"]
+    shutil.copy(tiny_run / "best.ckpt", tmp_path / f"epoch={best}.ckpt")
+    flags = "--ckpt_path", tmp_path / f"epoch={best}.ckpt", "--num_epoch", best + 2
+    with pytest.MonkeyPatch.context() as patch:
+        send_at(patch, "training_one_step", 2, signal.SIGTERM)
+        patch.setattr(Trainer.VAE_Model, "write", lambda *_: None)  # as a kill would end it
+        assert train(tiny_data, tmp_path / "new", *flags) == 143
+    copy = (tmp_path / "new" / "best.ckpt").read_bytes()
+    assert copy == (tiny_run / "best.ckpt").read_bytes()
+    (tmp_path / "new" / "history.csv").unlink()
+    (tmp_path / "new" / "steps.csv").unlink()
+    assert train(tiny_data, tmp_path / "new", *flags) == 0
+    assert "earlier" not in capsys.readouterr().out
 
 
 def test_a_model_that_has_trained_takes_a_checkpoints_weights(tiny_data, tiny_run, tmp_path):

@@ -5,6 +5,7 @@ import errno
 import itertools
 import os
 import re
+import shutil
 import tempfile
 import time
 from contextlib import contextmanager, suppress
@@ -21,8 +22,8 @@ STEPS = "step", "epoch", "lr", "tfr", "tf_share", "beta", "loss", "reconstructio
 # what a run writes into its folder, as patterns
 OF_A_RUN = ("last.ckpt", "best.ckpt", "epoch=*", "history.csv", "steps.csv", "psnr_per_frame.*",
             "val_pred.gif", "val_pred_large.gif", "tensorboard")
-# of them those of the best epoch, its checkpoint last
-OF_THE_BEST = "psnr_per_frame.csv", "psnr_per_frame.png", "val_pred.gif", "best.ckpt"
+# of them the table and figures of the best epoch
+OF_THE_BEST = "psnr_per_frame.csv", "psnr_per_frame.png", "val_pred.gif"
 # in the metadata of images and GIFs, by which a file of this project is recognized
 MARK = "pose-conditioned VAE"
 # tables have no room for a mark: each is recognized by the file written with it
@@ -94,6 +95,12 @@ def atomic(path):
     finally:
         with suppress(OSError):  # where nothing could be written, nothing is there to remove
             aside.unlink()
+
+
+def copy_file(source, path):
+    """Copy a file, atomically."""
+    with atomic(path) as aside:
+        shutil.copyfile(source, aside)
 
 
 def replace(aside, path, tries=10 if os.name == "nt" else 1):

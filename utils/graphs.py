@@ -69,11 +69,13 @@ def replayed_frame(model, kind):
 
 
 def is_unchanged(model, kind, *methods):
-    """Return whether a model has these methods of class `kind`, and its networks no hooks."""
+    """Return whether a model has these methods of class `kind`, and no user's hook or forward."""
     own = all(getattr(getattr(model, name), "__func__", None) is getattr(kind, name)
               for name in methods)
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return own and not any(getattr(m, name) for m in model.modules() for name in hooks)
+    hooked = any(getattr(m, name) for m in model.modules() for name in hooks)
+    replaced = model not in with_networks and any("forward" in vars(m) for m in model.modules())
+    return own and not hooked and not replaced
 
 
 def can_record(device):
@@ -145,12 +147,12 @@ def record_networks(model):
         if len(networks) > len(set(networks)):  # an edited step
             say("no CUDA graph (a step calls a network twice): the same results, more slowly")
             return
+        with_networks.add(model)
         with autocast(model.device, model.precision, cache=False):
             torch.cuda.make_graphed_callables(networks, inputs)
         for network, given in zip(networks, inputs):
             network.forward = for_shapes(network, given)
         unmark(model)  # recorded as they were compiled; rollouts are graphs of their own
-        with_networks.add(model)
     except RuntimeError:
         forget(model)
         raise
@@ -194,10 +196,11 @@ def for_shapes(network, recorded_inputs):
 
 def forget(model):
     """Have training steps call everything again."""
-    with_networks.discard(model)
     model.session.take_step = step_if_finite
-    for name in NETWORKS:
-        getattr(model, name).__dict__.pop("forward", None)
+    if model in with_networks:
+        for name in NETWORKS:
+            getattr(model, name).__dict__.pop("forward", None)
+        with_networks.remove(model)
 
 
 class OptimizerStep:
@@ -210,7 +213,8 @@ class OptimizerStep:
         """Clip and step, or do nothing; see `step_if_finite`."""
         self.given = optimizer, scaler, list(parameters), max_norm
         gradients = [p.grad for p in self.given[2]]
-        if len(optimizer.param_groups) > 1 or any(g is None for g in gradients):
+        known = len(optimizer.param_groups) == 1 and "capturable" in optimizer.param_groups[0]
+        if not known or any(g is None for g in gradients):
             return step_if_finite(*self.given)
         # a graph reads and writes memory by address: another state needs another recording
         addresses = [x.data_ptr() for state in optimizer.state.values() for x in state.values()]

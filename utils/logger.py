@@ -75,8 +75,8 @@ def print_start(model):
     lowest = teacher_forcing_ratio(args, args.num_epoch)
     if args.pool and lowest > 0.5 and {"tfr", "tfr_sde", "tfr_d_step"}.isdisjoint(args.given):
         seventh = round(args.num_epoch / 7)
-        say(f"--tfr_sde {args.tfr_sde}: the teacher forcing ratio falls to {lowest:.2f} by the end "
-            f"of --num_epoch {args.num_epoch}, so few inputs are generated frames; expected "
+        say(f"--tfr_sde {args.tfr_sde}: the teacher forcing ratio is still {lowest:.2f} at the "
+            f"end of --num_epoch {args.num_epoch}, so few inputs are generated frames; expected "
             f"--tfr_sde {seventh + 1} --tfr_d_step {1 / max(1, seventh):.2g}, or --num_epoch 70 "
             f"and --max_minutes")
 

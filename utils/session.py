@@ -4,7 +4,6 @@ The functions take a VAE_Model.
 """
 
 import math
-import shutil
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +19,8 @@ from utils.averaging import begin_average
 from utils.checkpoint import file_version, is_latest_in, is_resumable, read_checkpoint
 from utils.cli import Stopped, UserError, say
 from utils.compiling import compile_networks
-from utils.files import OF_THE_BEST, atomic, csv_length, locked, set_aside, sweep_leftovers
+from utils.files import (
+    OF_THE_BEST, copy_file, csv_length, locked, set_aside, sweep_leftovers)
 from utils.hardware import enough_memory, keep_precision, step_if_finite
 from utils.schedules import set_learning_rate, share_done
 from utils.training_state import capture, restore, restore_checkpoint
@@ -118,11 +118,7 @@ def prepare(model, kind):
     model.teacher_forcing_ratio_update()  # by this command's flags, not the checkpoint's
     if distributed.rank() == 0:
         sweep_leftovers(args.save_root)
-        aside = None if resumes_here else set_aside(args.save_root)
-        if aside:
-            say(f"--save_root {args.save_root}: an earlier run's files are moved to {aside}"
-                + (f"; --save_root {aside} --resume resumes their run"
-                   if is_resumable(aside / "last.ckpt") else ""))
+        aside = None if resumes_here else keep_earlier(model)
         if state.history:
             bring_best(model, aside)
         if args.tensorboard:
@@ -253,29 +249,50 @@ def resume(model):
     count_steps(model)
 
 
-def bring_best(model, aside):
-    """Copy best.ckpt and its figures into save_root where a run is resumed in another folder.
+def keep_earlier(model):
+    """Move an earlier run's files out of save_root. Returns the folder that has them, or None."""
+    root = Path(model.args.save_root)
+    # copied by this command, which was killed before its first last.ckpt
+    copied = not (root / "last.ckpt").exists() and model.state.best_psnr == validated_psnr(
+        root / "best.ckpt")
+    aside = None if copied else set_aside(root)
+    if aside:
+        say(f"--save_root {root}: an earlier run's files are moved to {aside}"
+            + (f"; --save_root {aside} --resume resumes their run"
+               if is_resumable(aside / "last.ckpt") else ""))
+    return aside
 
-    aside: the folder to which files of save_root were moved, or None. Where the best epoch's
-    checkpoint is in neither folder, best.ckpt is the best epoch from here on: one line.
+
+def bring_best(model, aside):
+    """Copy the best epoch's checkpoint and figures into save_root if a run resumes elsewhere.
+
+    aside: the folder to which files of save_root were moved, or None. Where no checkpoint of that
+    epoch is found, best.ckpt is the best epoch from here on: one line.
     """
     args, state, root = model.args, model.state, Path(model.args.save_root)
     if (root / "best.ckpt").exists() or state.best_psnr == -math.inf:
         return
-    for folder in filter(None, (aside, Path(args.ckpt_path or root).parent)):
-        try:
-            found = read_checkpoint(folder / "best.ckpt")["resume"]["state"]["best_psnr"]
-        except (UserError, KeyError, TypeError):  # missing, damaged or third-party
-            continue
-        if found == state.best_psnr:
+    given = Path(args.ckpt_path or root / "last.ckpt")
+    folders = [folder for folder in (aside, given.parent) if folder]
+    for path in [folder / name for name in ("best.ckpt", given.name) for folder in folders]:
+        if validated_psnr(path) == state.best_psnr:
             for name in OF_THE_BEST:
-                if (folder / name).exists():
-                    with atomic(root / name) as copy:
-                        shutil.copyfile(folder / name, copy)
+                if path.name == "best.ckpt" and (path.parent / name).exists():
+                    copy_file(path.parent / name, root / name)
+            copy_file(path, root / "best.ckpt")
             return
-    say(f"--save_root {root}: the resumed run's best.ckpt ({state.best_psnr:.2f} dB) is not there; "
-        f"best.ckpt is the best epoch from here on")
+    say(f"--save_root {root}: no best.ckpt of the resumed run's best epoch ({state.best_psnr:.2f} "
+        f"dB) in {' or '.join(map(str, folders))}; best.ckpt is the best epoch from here on")
     state.best_psnr = -math.inf
+
+
+def validated_psnr(path):
+    """Return the PSNR of the epoch at whose end a checkpoint of ours was written, else None."""
+    try:
+        state = read_checkpoint(path)["resume"]["state"]
+        return None if state["step"] else state["history"][-1]["val_psnr_mean"]
+    except (UserError, KeyError, TypeError, IndexError):  # missing, damaged or third-party
+        return None
 
 
 def catch_up(model):
@@ -288,8 +305,7 @@ def catch_up(model):
     model.session.behind, epoch = True, state.history[-1]["epoch"]
     last, named = root / "last.ckpt", root / f"epoch={epoch}.ckpt"
     if epoch % args.per_save == 0 and last.exists() and not named.exists():
-        with atomic(named) as aside:
-            shutil.copyfile(last, aside)
+        copy_file(last, named)
     best = root / "best.ckpt"
     best = best.exists() and read_checkpoint(best)["last_epoch"] == epoch
     if best or getattr(args, "store_visualization", False):
