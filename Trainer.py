@@ -23,7 +23,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from utils import cli  # before PyTorch: see utils/__init__.py
-from utils.cli import say
+from utils.cli import plural, say
 
 import numpy as np
 import torch
@@ -484,9 +484,8 @@ class VAE_Model(nn.Module):
                 psnr_mean = session.validate(self)  # eval, on rank 0
                 self.end_epoch(psnr_mean)
             logger.enlarge(self)
-        epochs = f"{self.current_epoch} epoch" + "s" * (self.current_epoch != 1)
-        say(f"done: {epochs}, best validation PSNR {self.state.best_psnr:.2f} dB, "
-            f"in {self.args.save_root}")
+        say(f"done: {plural(self.current_epoch, 'epoch')}, best validation PSNR "
+            f"{self.state.best_psnr:.2f} dB, in {self.args.save_root}")
 
     def train_epoch(self):
         """Do the rest of the epoch's training steps; frames generated in one go into the pool."""

@@ -9,7 +9,6 @@ data sets, images, checkpoints, outputs of runs, caches, environments, other zip
 
 import os
 import re
-import shutil
 import stat
 import sys
 import unicodedata
@@ -19,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from utils.cli import Parser, UserError, run  # noqa: E402
-from utils.files import atomic  # noqa: E402
+from utils.cli import Parser, UserError, plural, run  # noqa: E402
+from utils.files import atomic, copy_file  # noqa: E402
 
 TOP_FILES = {"README.md", "LICENSE", "requirements.txt"}  # and every *.py
 SUFFIXES = {"modules": {".py"}, "utils": {".py"}, "scripts": {".py", ".sh", ".html"}}
@@ -161,11 +160,6 @@ def write_zip(target, root, files, top):
             archive.writestr(info, content)
 
 
-def plural(count, kind):
-    ending = "" if count == 1 or kind == "CSV" else "es" if kind.endswith("x") else "s"
-    return f"{count:,} {kind}{ending}"
-
-
 def build_parser():
     parser = Parser(prog="package.sh", description="Write LAB4_{STUDENT_ID}_{NAME}.zip, the "
                                                    "submission, into the current folder.")
@@ -205,8 +199,7 @@ def main():
     if args.report:
         report = target.with_name(f"{top}.pdf")
         if not (report.exists() and report.samefile(args.report)):
-            with atomic(report) as aside:
-                shutil.copyfile(args.report, aside)
+            copy_file(args.report, report)
         print(f"{report.name}: the report, {report.stat().st_size / 1024:,.0f} KiB")
 
 

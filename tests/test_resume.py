@@ -13,7 +13,7 @@ import torch
 import dataloader
 import Trainer
 from conftest import TINY, in_process, send_at
-from utils.files import OF_THE_BEST
+from utils.files import ROLLOUT_FILES
 from utils.schedules import learning_rate_factor
 from scripts.kill_test import command, compare, differences, kill_test, rows
 
@@ -248,7 +248,7 @@ def test_resuming_in_another_folder_keeps_the_best(
     # two epochs before, with above 6 dB
     score, scores = Trainer.VAE_Model.eval, {2: 2.0, 3: 4.0, 4: 3.0}
     monkeypatch.setattr(Trainer.VAE_Model, "eval", eval)
-    names = ["last.ckpt", "best.ckpt", *OF_THE_BEST] if there else ["last.ckpt"]
+    names = ["last.ckpt", "best.ckpt", *ROLLOUT_FILES] if there else ["last.ckpt"]
     (tmp_path / "old").mkdir()
     for name in names:
         shutil.copy(tiny_run / name, tmp_path / "old")
@@ -263,7 +263,7 @@ def test_resuming_in_another_folder_keeps_the_best(
         assert said == (not there)
         if there:
             assert all((folder / name).read_bytes() == (tiny_run / name).read_bytes()
-                       for name in ("best.ckpt", *OF_THE_BEST))
+                       for name in ("best.ckpt", *ROLLOUT_FILES))
         assert there or load(folder / "best.ckpt")["last_epoch"] == 3
 
 

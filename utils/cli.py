@@ -176,6 +176,12 @@ def say(line):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def plural(count, kind):
+    """Return a count and what is counted as text, like "1 file" or "1,234 files"."""
+    ending = "" if count == 1 or kind == "CSV" else "es" if kind.endswith("x") else "s"
+    return f"{count:,} {kind}{ending}"
+
+
 def number(kind, low, high=None, *, above=False, multiple=1):
     """Return an argparse type: an int or float in [low, high], or (low, high] where `above`.
 

@@ -22,8 +22,8 @@ STEPS = "step", "epoch", "lr", "tfr", "tf_share", "beta", "loss", "reconstructio
 # what a run writes into its folder, as patterns
 OF_A_RUN = ("last.ckpt", "best.ckpt", "epoch=*", "history.csv", "steps.csv", "psnr_per_frame.*",
             "val_pred.gif", "val_pred_large.gif", "tensorboard")
-# of them the table and figures of the best epoch
-OF_THE_BEST = "psnr_per_frame.csv", "psnr_per_frame.png", "val_pred.gif"
+# of them those of a validation rollout, in the order of `write_validation`
+ROLLOUT_FILES = "psnr_per_frame.png", "val_pred.gif", "psnr_per_frame.csv"
 # in the metadata of images and GIFs, by which a file of this project is recognized
 MARK = "pose-conditioned VAE"
 # tables have no room for a mark: each is recognized by the file written with it

@@ -10,7 +10,8 @@ import torch
 from utils import distributed
 from utils.cli import catching_signals, progress, say, stop
 from utils.figures import enlarge_gif, log_to_tensorboard, write_validation
-from utils.files import HISTORY, STEPS, make_folder, optional, output_folder, write_csv
+from utils.files import (
+    HISTORY, ROLLOUT_FILES, STEPS, make_folder, optional, output_folder, write_csv)
 from utils.options import unlike_template
 from utils.schedules import share_done, teacher_forcing_ratio
 
@@ -26,15 +27,14 @@ def write_test(model):
 
     Files of a run or of another program are not overwritten (`output_folder`).
     """
-    names = "psnr_per_frame.png", "val_pred.gif", "psnr_per_frame.csv"
     with catching_signals(stop):
         # the files in a run's own folder belong to its best epoch
-        root = output_folder(model.args.save_root, names, of_a_run=True)
+        root = output_folder(model.args.save_root, ROLLOUT_FILES, of_a_run=True)
         psnr_mean = model.eval()
         psnrs = model.psnr_per_frame
         say(f"validation PSNR mean {psnr_mean:.2f} min {min(psnrs):.2f} last {psnrs[-1]:.2f} dB, "
             f"in {root}")
-        write_validation(model, *map(make_folder(root).joinpath, names))
+        write_validation(model, *map(make_folder(root).joinpath, ROLLOUT_FILES))
 
 
 def enlarge(model):
@@ -183,9 +183,8 @@ def write_epoch(model, best):
     """
     root, row = Path(model.args.save_root), model.state.history[-1]
     epoch = row["epoch"]
-    names = "psnr_per_frame.png", "val_pred.gif", "psnr_per_frame.csv"
     if best:
-        write_validation(model, *map(root.joinpath, names), optional)
+        write_validation(model, *map(root.joinpath, ROLLOUT_FILES), optional)
     if getattr(model.args, "store_visualization", False):
         names = f"epoch={epoch}_psnr.png", f"epoch={epoch}_pred.gif"
         write_validation(model, *map(root.joinpath, names), guard=optional)

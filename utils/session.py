@@ -20,7 +20,7 @@ from utils.checkpoint import file_version, is_latest_in, is_resumable, read_chec
 from utils.cli import Stopped, UserError, say
 from utils.compiling import compile_networks
 from utils.files import (
-    OF_THE_BEST, copy_file, csv_length, locked, set_aside, sweep_leftovers)
+    ROLLOUT_FILES, copy_file, csv_length, locked, set_aside, sweep_leftovers)
 from utils.hardware import enough_memory, keep_precision, step_if_finite
 from utils.schedules import set_learning_rate, share_done
 from utils.training_state import capture, restore, restore_checkpoint
@@ -274,16 +274,18 @@ def bring_best(model, aside):
         return
     given = Path(args.ckpt_path or root / "last.ckpt")
     folders = [folder for folder in (aside, given.parent) if folder]
-    for path in [folder / name for name in ("best.ckpt", given.name) for folder in folders]:
-        if validated_psnr(path) == state.best_psnr:
-            for name in OF_THE_BEST:
-                if path.name == "best.ckpt" and (path.parent / name).exists():
-                    copy_file(path.parent / name, root / name)
-            copy_file(path, root / "best.ckpt")
-            return
-    say(f"--save_root {root}: no best.ckpt of the resumed run's best epoch ({state.best_psnr:.2f} "
-        f"dB) in {' or '.join(map(str, folders))}; best.ckpt is the best epoch from here on")
-    state.best_psnr = -math.inf
+    paths = [folder / name for name in ("best.ckpt", given.name) for folder in folders]
+    best = next((path for path in paths if validated_psnr(path) == state.best_psnr), None)
+    if best is None:
+        say(f"--save_root {root}: no best.ckpt of the resumed run's best epoch "
+            f"({state.best_psnr:.2f} dB) in {' or '.join(map(str, folders))}; "
+            f"best.ckpt is the best epoch from here on")
+        state.best_psnr = -math.inf
+        return
+    for name in ROLLOUT_FILES if best.name == "best.ckpt" else ():  # else another epoch's
+        if (best.parent / name).exists():
+            copy_file(best.parent / name, root / name)
+    copy_file(best, root / "best.ckpt")
 
 
 def validated_psnr(path):
