@@ -77,8 +77,11 @@ if ! probe "$(own)" 'import pip'; then
   make_venv
 fi
 say "setup: installing into .venv what $wanted asks for"
-# modules are compiled when they are imported: to compile all takes as long as to install
-"$(own)" -m pip install --no-compile --disable-pip-version-check -r "$root/$wanted" >&2 ||
+# to compile all modules takes as long as to install, so each is compiled when it is first imported;
+# but where Python is told not to keep that, every process would compile PyTorch again
+compile=--no-compile
+if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then compile=--compile; fi
+"$(own)" -m pip install "$compile" --disable-pip-version-check -r "$root/$wanted" >&2 ||
   die "pip could not install $wanted into $venv (see above)"
 complete "$(own)" || die "$venv does not import $modules: remove .venv and call again"
 trap - EXIT
