@@ -164,6 +164,8 @@ def test_a_signal_to_the_whole_group(tiny_data, tmp_path):
 def test_ctrl_c_during_imports_is_one_line(tmp_path):
     """A first Ctrl-C often comes then: importing PyTorch takes seconds."""
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    # a shell's background commands ignore Ctrl-C
     ended = subprocess.run([sys.executable, ROOT / "Trainer.py"], capture_output=True, text=True,
-                           env={**os.environ, "PYTHONPATH": str(tmp_path)})
+                           env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "stopped by Ctrl-C\n")
