@@ -556,8 +556,8 @@ class VAE_Model(nn.Module):
         """Write the checkpoint into save_root under these names; every rank calls this."""
         checkpoint = self.checkpoint()
         if distributed.rank() == 0:
-            for name in names:
-                write_checkpoint(Path(self.args.save_root) / name, checkpoint)
+            path, *copies = (Path(self.args.save_root) / name for name in names)
+            write_checkpoint(path, checkpoint, copies)
 
     def save(self, path):
         """Write a checkpoint to `path`, atomically."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import UserError, say
-from utils.files import atomic
+from utils.files import atomic, copy_file
 from utils.options import OF_THE_MACHINE, RECIPES, as_list
 
 NETWORKS = ("frame_transformation", "label_transformation", "Gaussian_Predictor", "Decoder_Fusion",
@@ -44,8 +44,11 @@ def on_cpu(value):
     return value.cpu() if hasattr(value, "cpu") else value
 
 
-def write_checkpoint(path, checkpoint):
-    """Write a checkpoint with torch.save, atomically. UserError for a full disk."""
+def write_checkpoint(path, checkpoint, copies=()):
+    """Write a checkpoint with torch.save, atomically, and then copies of the file to other paths.
+
+    UserError for a full disk.
+    """
     import torch
 
     with atomic(path) as aside:
@@ -53,6 +56,8 @@ def write_checkpoint(path, checkpoint):
             torch.save(on_cpu(checkpoint), aside)
         except RuntimeError as error:  # PyTorch's writer reports a failed write this way
             raise OSError(str(error).splitlines()[0]) from None
+    for other in copies:
+        copy_file(path, other)
 
 
 def read_checkpoint(path):
