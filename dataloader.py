@@ -205,6 +205,9 @@ def open_training_data(model):
         report_gap(files.img_paths)
 
     model.dataset("val", args.val_vi_len)
+    if args.no_cache:  # an image that can't be read would end the run after a whole epoch
+        paths = validation.img_paths + validation.label_paths
+        decode(paths, args.frame_H, args.frame_W, args.num_workers, desc="checking val images")
     dataset = model.dataset("train", args.train_vi_len)
     state.train_frames = dataset.n_frames
     if args.refresh_norm:

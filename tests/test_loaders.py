@@ -33,6 +33,8 @@ def test_an_error_ends_the_command(tiny_data, tiny_run, tmp_path, image, flags):
     done = run_cli("Trainer.py", "--DR", data, "--save_root", tmp_path / "out", *TINY, *LOADERS,
                    *flags, timeout=60, cwd=tiny_run)  # it would wait for its loaders for ever
     assert done.returncode == 2 and image in one_line(done.stderr)
+    if "val" in image and not flags:  # found before the first epoch, which would be lost
+        assert not (tmp_path / "out").exists()
 
 
 def test_too_little_shared_memory(tiny_data, tmp_path):
