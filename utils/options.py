@@ -311,7 +311,7 @@ def add_running_flags(group):
         help="Trainer: validate --ckpt_path and stop; Tester does nothing else anyway")
     add("--per_save", type=COUNT, default=3, metavar="N",
         help="keep epoch={n}.ckpt when n is a multiple of N")
-    add("--save_every_steps", type=number(int, 0), default=0, metavar="N",
+    add("--save_every_steps", type=number(int, 0), default=2000, metavar="N",
         help="also write last.ckpt every N steps within an epoch (0: no)")
     add("--tensorboard", action="store_true",
         help="also log to save_root/tensorboard (needs the tensorboard package)")
